@@ -1,0 +1,1 @@
+"""Who does the work: the in-process sampler and learner."""

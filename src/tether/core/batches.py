@@ -1,0 +1,155 @@
+"""Groups, batches and outputs: the unit that flows through the house, and the index convention.
+
+Index convention: slot ``t`` of every per-token tensor speaks of completion token ``t``: ``logprobs[b, t]`` is the
+log-prob of ``tokens[b, t]`` given its prompt and ``tokens[b, :t]``. No tensor holds a prompt token beside ``prompts``.
+``True`` in a mask means "counts". B: completions, T: the longest completion, P: prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """One prompt, stored once, and its completions: what every objective of RLHF scores.
+
+    ``prompt`` [P] int64; ``completions[i]`` [C_i] int64; ``loss_masks[i]`` [C_i] bool, False on tokens that are present
+    but not trained (a user turn inside a multi-turn conversation, tool output). ``margin``: for pairs.
+    """
+
+    id: str
+    prompt: Tensor
+    completions: tuple[Tensor, ...]
+    loss_masks: tuple[Tensor, ...]
+    margin: float | None = None
+
+    @property
+    def token_count(self) -> int:
+        """Tokens the packed forward computes: the prompt once, and every completion."""
+        return len(self.prompt) + sum(len(c) for c in self.completions)
+
+
+def pad_rows(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
+    """Stack 1-D rows of different lengths into [B, T], zeros (False) after each row's end."""
+    width = max((len(r) for r in rows), default=0) if width is None else width
+    out = torch.zeros(len(rows), width, dtype=rows[0].dtype, device=rows[0].device)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Completions of some prompts.
+
+    ``prompts``: tuple of [P_i] int64, each stored once; ``prompt_of`` [B] int64 indexes it; ``tokens`` [B, T] int64;
+    ``lengths`` [B] int64, tokens present in each row; ``loss_mask`` [B, T] bool, tokens that count.
+    """
+
+    prompts: tuple[Tensor, ...]
+    prompt_of: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    loss_mask: Tensor
+
+    # Rows that only make sense together (a chosen and its rejected) are never split between micro-batches.
+    rows_per_unit = 1
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[Group], **extra: object) -> Self:
+        """Lay groups out as one batch, in order. ``extra``: the further fields of a subclass."""
+        rows = [c for g in groups for c in g.completions]
+        masks = [m for g in groups for m in g.loss_masks]
+        return cls(
+            prompts=tuple(g.prompt for g in groups),
+            prompt_of=torch.tensor([i for i, g in enumerate(groups) for _ in g.completions]),
+            tokens=pad_rows(rows),
+            lengths=torch.tensor([len(r) for r in rows]),
+            loss_mask=pad_rows(masks),
+            **extra,
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def present(self) -> Tensor:
+        """[B, T] bool: slots that hold a token, trained or not."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+    def select(self, rows: Tensor) -> Self:
+        """The batch of these rows (a 1-D index), trimmed to their longest completion, unused prompts dropped."""
+        rows = rows.to(self.lengths.device)
+        lengths = self.lengths[rows]
+        width = int(lengths.max()) if len(rows) else 0
+        used, prompt_of = torch.unique(self.prompt_of[rows], return_inverse=True)
+        changed: dict[str, object] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor):
+                continue
+            if f.name in PER_UNIT:
+                changed[f.name] = value[rows[:: self.rows_per_unit] // self.rows_per_unit]
+            elif value.dim() == 2:
+                changed[f.name] = value[rows, :width]
+            else:
+                changed[f.name] = value[rows]
+        changed["prompts"] = tuple(self.prompts[i] for i in used.tolist())
+        changed["prompt_of"] = prompt_of
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, prompts=tuple(p.to(device) for p in self.prompts), **moved)
+
+
+# Fields with one entry per unit of ``rows_per_unit`` rows instead of one per row.
+PER_UNIT = frozenset({"margin"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreferenceBatch(Batch):
+    """Row 2i is chosen, row 2i+1 rejected. ``ref_logprobs`` [B, T]; ``margin`` [B/2] or None."""
+
+    ref_logprobs: Tensor | None = None
+    margin: Tensor | None = None
+
+    rows_per_unit = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyBatch(Batch):
+    """Rollouts ready for an update; every tensor [B, T] float32 and without gradient.
+
+    ``old_logprobs``: the policy at the start of the update; ``sampler_logprobs``: as the sampler reported them;
+    ``values``: the critic at the start of the update; ``returns``: its targets.
+    """
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    returns: Tensor | None = None
+    values: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outputs:
+    """What a forward pass says about a batch, prompt-free: losses see this and nothing else of the model.
+
+    ``logprobs`` [B, T] of the completion tokens; ``entropy`` [B, T] nats; ``values`` [B, T] (critic: the value of the
+    state *before* token t); ``scores`` [B] (reward model, at the last token present). Absent parts are None.
+    """
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    scores: Tensor | None = None

@@ -1,0 +1,1 @@
+"""Files to records to groups to batches."""

@@ -1,0 +1,1 @@
+"""Win rate, intervals, reward-model accuracy, diversity."""

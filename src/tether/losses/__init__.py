@@ -1,0 +1,1 @@
+"""(outputs, batch) -> sum and count. Pure: torch, ``core`` and nothing else."""

@@ -1,0 +1,1 @@
+"""Front doors: each puts the parts of one method together."""

@@ -1,0 +1,1 @@
+"""Load, heads, adapters, packed forward, log-probs."""
