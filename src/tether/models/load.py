@@ -1,0 +1,214 @@
+"""Open and save models. Names: an embedded model, a local folder, or a hub id; saves are normal Hugging Face folders."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from tether.core.errors import MissingModel, UserError, nearest
+from tether.models import attention
+from tether.models.adapters import merged_state
+from tether.models.backbone import Backbone
+from tether.models.embedded import EMBEDDED, embedded_folder
+from tether.models.roles import Policy, Scorer, new_head
+
+Say = Callable[[str], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve(name: str, *, revision: str | None = None, say: Say = print) -> str:
+    """A folder that transformers can open for ``name``. Never waits for a hub that is not there."""
+    if name in EMBEDDED:
+        return str(embedded_folder(name, say))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            inner = path / "final"
+            if (inner / "config.json").exists():
+                return str(inner)
+            raise MissingModel(f"{name}: this folder holds no config.json, so it is not a model\n  a run's model is in RUN/final")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise MissingModel(f"{name}: no such folder")
+    return _from_hub(name, revision, say)
+
+
+def _from_hub(name: str, revision: str | None, say: Say) -> str:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    with contextlib.suppress(Exception):
+        return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns)
+    hint = nearest(name, list(EMBEDDED))
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+        raise MissingModel(f"{name}: not on this machine, and HF_HUB_OFFLINE is set{hint}\n  fetch it where there is a network: {fetch}")
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).netloc
+    try:
+        socket.create_connection((host.split(":")[0], int(host.split(":")[1]) if ":" in host else 443), timeout=3).close()
+    except OSError as error:
+        raise MissingModel(
+            f"{name}: not on this machine, and the hub at {host} can't be reached ({error}){hint}\n"
+            f"  fetch it where there is a network: {fetch}\n"
+            f"  or use the embedded model (--model {next(iter(EMBEDDED))}) or a local folder"
+        ) from error
+    say(f"downloading {name}")
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:
+        raise MissingModel(f"{name}: the hub does not give it: {error}\n  try: {fetch}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice from below: what matters is said by us."""
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = print) -> Any:
+    """The fast tokenizer of a model; UserError where there is only a slow one (offsets are needed for loss masks)."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(name, revision=revision, say=say)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name}: its tokenizer can't be opened: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: only a slow tokenizer; loss masks need character offsets, so a tokenizer.json is needed")
+    return tokenizer
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" is the first GPU, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention_layout: str = "auto",
+    scorer: bool = False,
+    say: Say = print,
+) -> Backbone:
+    """Open ``name`` for training or scoring. ``scorer``: open it as a sequence-classification model with one label."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = resolve(name, revision=revision, say=say)
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
+    with _quiet():
+        try:
+            hf = auto.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa" if attention_layout == "padded" else attention.NAME,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+        except ValueError as error:
+            if "attention" not in str(error).lower():
+                raise UserError(f"{name}: can't be opened: {error}") from error
+            hf = auto.from_pretrained(
+                folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+            attention_layout = "padded"
+        except OSError as error:
+            raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors") from error
+    hf.to(pick_device(device)).eval()
+    hf.requires_grad_(False)
+    backbone = Backbone(hf=hf, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed")
+    backbone.self_test(say)
+    if attention_layout == "packed" and backbone.mode == "padded":
+        raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
+    return backbone
+
+
+def load_scorer(folder: str, *, dtype: str = "float32", device: str = "auto", say: Say = print) -> Scorer:
+    """Open a reward model (or critic) saved by us, or any sequence-classification folder with one label."""
+    backbone = load_backbone(folder, dtype=dtype, device=device, scorer=True, say=say)
+    head = getattr(backbone.hf, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{folder}: not a reward model: it has no linear head `score` with one output")
+    own = new_head(backbone, zero=True)
+    with torch.no_grad():
+        own.weight.copy_(head.weight)
+    return Scorer(backbone=backbone, head=own)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """A causal language model folder; an adapter is folded in, so that anything opens it."""
+    from transformers import AutoModelForCausalLM
+
+    hf = policy.backbone.hf
+    _write(AutoModelForCausalLM, hf.config, merged_state(hf, policy.adapter), policy.backbone, folder)
+
+
+def save_scorer(scorer: Scorer, folder: Path) -> None:
+    """A sequence-classification folder with one label; it pools at the last token, as we do."""
+    from transformers import AutoModelForSequenceClassification
+
+    hf = scorer.backbone.hf
+    prefix = hf.base_model_prefix + "."
+    state = {k: v for k, v in merged_state(hf, scorer.adapter).items() if k.startswith(prefix)}
+    config = copy.deepcopy(hf.config)
+    config.num_labels = 1
+    config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else scorer.backbone.tokenizer.eos_token_id
+    state["score.weight"] = scorer.head.weight.detach().to(scorer.backbone.dtype)
+    _write(AutoModelForSequenceClassification, config, state, scorer.backbone, folder)
+
+
+def _write(auto: Any, config: Any, state: dict[str, Tensor], backbone: Backbone, folder: Path) -> None:
+    with _quiet():
+        with torch.device("meta"):
+            shell = auto.from_config(config)
+        shell.config.architectures = [type(shell).__name__]
+        shell.save_pretrained(folder, state_dict=state)
+        backbone.tokenizer.save_pretrained(folder)
+        generation = getattr(backbone.hf, "generation_config", None)
+        if generation is not None and hasattr(shell, "generation_config"):
+            generation.save_pretrained(folder)
+
+
+def clone_frozen(backbone: Backbone) -> Backbone:
+    """A copy of the network with weights of its own, frozen: the reference of a fully trained policy."""
+    hf = copy.deepcopy(backbone.hf).requires_grad_(False).eval()
+    return Backbone(hf=hf, tokenizer=backbone.tokenizer, name=backbone.name, mode=backbone.mode)
+
+
+def fingerprint(policy: Policy) -> str:
+    """16 hex digits over the weights a forward pass of ``policy`` uses: names, shapes and a sample of the values."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(merged_state(policy.backbone.hf, policy.adapter).items()):
+        flat = value.reshape(-1)
+        stride = max(1, flat.numel() // 4096)
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(flat[::stride].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

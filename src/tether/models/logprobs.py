@@ -1,0 +1,113 @@
+"""Log-probs of completion tokens from hidden states, in chunks: the [B, T, V] tensor is never made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes of logits that exist at once in a chunk, forward or backward.
+CHUNK_BYTES = 96 * 2**20
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    step = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[n, V] float32 logits of a chunk, divided by the temperature through ``scale``."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits * scale
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b)), logits recomputed chunk by chunk in the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = hidden.shape[0]
+        logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        log_z = torch.empty_like(logprobs)
+        entropy = torch.zeros_like(logprobs)
+        for part in _chunks(rows, weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            log_z[part] = logits.logsumexp(dim=-1)
+            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_z[part]
+            if want_entropy:
+                # H = log Z - E[logit]
+                probs = (logits - log_z[part, None]).exp_()
+                entropy[part] = log_z[part] - probs.mul_(logits).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        ctx.scale, ctx.softcap, ctx.want_entropy = scale, softcap, want_entropy
+        if not want_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for part in _chunks(hidden.shape[0], weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            log_p = logits - log_z[part, None]
+            probs = log_p.exp()
+            # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
+            grad = probs * -grad_logprobs[part, None]
+            if ctx.want_entropy:
+                grad -= probs * (log_p + entropy[part, None]) * grad_entropy[part, None]
+            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
+            grad *= ctx.scale
+            if ctx.softcap is not None:
+                grad *= 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += grad.sum(dim=0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log p(targets | hidden) under softmax(logit_scale · hidden Wᵀ / temperature), and its entropy.
+
+    ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) float32, nats. Entropies are zeros where they
+    were not asked for.
+    """
+    # Before a soft cap the scale would not commute; families that cap (Gemma) don't scale, families that scale don't cap.
+    return _TokenLogProbs.apply(hidden, weight, bias, targets, logit_scale / temperature, softcap, entropy)  # type: ignore[return-value]

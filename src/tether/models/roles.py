@@ -1,0 +1,111 @@
+"""Roles on a backbone: a policy has the language-model head, a scorer (reward model or critic) a scalar head.
+
+Several roles may share one backbone, each with its own adapter; a role without an adapter trains the backbone itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tether.core.batches import Batch, Outputs
+from tether.models.adapters import adapter_parameters
+from tether.models.backbone import Backbone, Hidden
+
+
+def _per_token(flat: Tensor, batch: Batch) -> Tensor:
+    """[K] values of the present tokens -> [B, T], zeros elsewhere."""
+    return torch.zeros(batch.tokens.shape, dtype=flat.dtype, device=flat.device).masked_scatter(batch.present, flat)
+
+
+@dataclass(kw_only=True, eq=False)
+class Policy:
+    """Log-probs of completion tokens under softmax(logits / temperature)."""
+
+    backbone: Backbone
+    adapter: str | None = None
+    temperature: float = 1.0
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What training this role changes, by name."""
+        if self.adapter is not None:
+            return adapter_parameters(self.backbone.hf, self.adapter)
+        return {n: p for n, p in self.backbone.hf.named_parameters() if ".lora_" not in n}
+
+    def read(self, hidden: Hidden, batch: Batch, *, entropy: bool) -> Outputs:
+        logprobs, entropies = self.backbone.head(
+            hidden.predicts, batch.tokens[batch.present], temperature=self.temperature, entropy=entropy
+        )
+        return Outputs(
+            logprobs=_per_token(logprobs, batch), entropy=_per_token(entropies, batch) if entropy else None
+        )
+
+    def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
+        return self.read(self.backbone.hidden(batch, self.adapter), batch, entropy=entropy)
+
+
+@dataclass(kw_only=True, eq=False)
+class Scorer:
+    """A scalar head w · h. As a reward model it reads the last token (``scores`` [B]); as a critic, the state before
+    each completion token (``values`` [B, T]) and after the last one (``scores``, the bootstrap of a cut completion).
+    """
+
+    backbone: Backbone
+    head: nn.Linear
+    adapter: str | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        own = {"score.weight": self.head.weight}
+        if self.adapter is not None:
+            return {**adapter_parameters(self.backbone.hf, self.adapter), **own}
+        trunk = self.backbone.hf.base_model
+        return {**{n: p for n, p in trunk.named_parameters() if ".lora_" not in n}, **own}
+
+    def _project(self, states: Tensor) -> Tensor:
+        return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
+
+    def read(self, hidden: Hidden, batch: Batch) -> Outputs:
+        return Outputs(
+            values=_per_token(self._project(hidden.predicts), batch),
+            scores=self._project(hidden.last),
+        )
+
+    def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
+        return self.read(self.backbone.hidden(batch, self.adapter), batch)
+
+
+@dataclass(kw_only=True, eq=False)
+class ActorCritic:
+    """A policy and its critic in one call; one pass of the trunk serves both where they share backbone and adapter."""
+
+    policy: Policy
+    critic: Scorer
+
+    @property
+    def shares_trunk(self) -> bool:
+        return self.policy.backbone is self.critic.backbone and self.policy.adapter == self.critic.adapter
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        mine = self.policy.parameters()
+        known = {id(p) for p in mine.values()}
+        return {**mine, **{f"critic.{n}": p for n, p in self.critic.parameters().items() if id(p) not in known}}
+
+    def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
+        hidden = self.policy.backbone.hidden(batch, self.policy.adapter)
+        theirs = hidden if self.shares_trunk else self.critic.backbone.hidden(batch, self.critic.adapter)
+        actor, critic = self.policy.read(hidden, batch, entropy=entropy), self.critic.read(theirs, batch)
+        return Outputs(logprobs=actor.logprobs, entropy=actor.entropy, values=critic.values, scores=critic.scores)
+
+
+Role = Policy | Scorer | ActorCritic
+
+
+def new_head(backbone: Backbone, *, zero: bool) -> nn.Linear:
+    """A scalar head for ``backbone``. ``zero``: start at 0 everywhere (a critic); else small random (a reward model)."""
+    size = backbone.config.hidden_size
+    head = nn.Linear(size, 1, bias=False, device=backbone.device, dtype=torch.float32)
+    with torch.no_grad():
+        head.weight.zero_() if zero else head.weight.normal_(0.0, 1.0 / (size + 1) ** 0.5)
+    return head
