@@ -22,66 +22,72 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adapters (Hu 2021) on the linear layers of the trunk, through peft."""
 
-    rank: int = Field(16, ge=1, description="rank of every adapter")
-    alpha: float = Field(32.0, gt=0, description="scale numerator: the update is alpha / rank * B A")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    targets: tuple[str, ...] = Field((), description="module names to adapt; empty: every linear layer of the trunk")
-    last_layers: int | None = Field(None, ge=1, description="adapt only the last N layers; empty: all of them")
+    rank: int = Field(default=16, ge=1, description="rank of every adapter")
+    alpha: float = Field(default=32.0, gt=0, description="scale numerator: the update is alpha / rank * B A")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    targets: tuple[str, ...] = Field(
+        default=(), description="module names to adapt; empty: every linear layer of the trunk"
+    )
+    last_layers: int | None = Field(default=None, ge=1, description="adapt only the last N layers; empty: all of them")
 
 
 class ModelConfig(Section):
     """Which language model, and how it is held."""
 
-    name: str = Field("smollm2-135m", description="embedded name, local folder, or hub id")
-    revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights")
-    attention: Literal["auto", "packed", "padded"] = Field("auto", description="layout of the forward pass")
-    trust_remote_code: bool = Field(False, description="run Python code shipped with the model (dangerous)")
+    name: str = Field(default="smollm2-135m", description="embedded name, local folder, or hub id")
+    revision: str | None = Field(default=None, description="hub revision")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the weights")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...")
+    lora: LoraConfig | None = Field(default=None, description="train adapters instead of all weights")
+    attention: Literal["auto", "packed", "padded"] = Field(default="auto", description="layout of the forward pass")
+    trust_remote_code: bool = Field(default=False, description="run Python code shipped with the model (dangerous)")
 
 
 class DataConfig(Section):
     """Which rows, and what happens to rows that do not fit."""
 
     train: str = Field(..., description="JSONL or Parquet file, or hub id[:split]")
-    eval: str | None = Field(None, description="held-out rows; empty: eval_fraction of train")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of train held out when eval is empty")
-    limit: int | None = Field(None, ge=1, description="use only the first N rows")
-    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are handled by `overlong`")
-    max_completion_tokens: int = Field(1024, ge=1, description="longer completions are handled by `overlong`")
-    overlong: Literal["drop", "cut", "error"] = Field("drop", description="rows over the limits; always counted")
-    max_bad_rows: float = Field(0.01, ge=0, le=1, description="stop when a larger share of rows is malformed")
-    last_turn_only: bool = Field(False, description="SFT: train on the last assistant turn only")
-    system: str | None = Field(None, description="system message put before every conversation that has none")
-    template: str | None = Field(None, description="chat template (Jinja) file; empty: the model's own")
+    eval: str | None = Field(default=None, description="held-out rows; empty: eval_fraction of train")
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1, description="share of train held out when eval is empty")
+    limit: int | None = Field(default=None, ge=1, description="use only the first N rows")
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="longer prompts are handled by `overlong`")
+    max_completion_tokens: int = Field(default=1024, ge=1, description="longer completions are handled by `overlong`")
+    overlong: Literal["drop", "cut", "error"] = Field(
+        default="drop", description="rows over the limits; always counted"
+    )
+    max_bad_rows: float = Field(default=0.01, ge=0, le=1, description="stop when a larger share of rows is malformed")
+    last_turn_only: bool = Field(default=False, description="SFT: train on the last assistant turn only")
+    system: str | None = Field(default=None, description="system message put before every conversation that has none")
+    template: str | None = Field(default=None, description="chat template (Jinja) file; empty: the model's own")
 
 
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    warmup: float = Field(0.1, ge=0, description="below 1: share of all steps; else a number of steps")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after warm-up, down to 0")
-    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this global norm")
-    tokens_per_micro_batch: int = Field(4096, ge=1, description="tokens computed at once; bounds memory only")
-    nonfinite_limit: int = Field(3, ge=1, description="stop after this many non-finite steps in a row")
+    learning_rate: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    warmup: float = Field(default=0.1, ge=0, description="below 1: share of all steps; else a number of steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="after warm-up, down to 0")
+    clip_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
+    tokens_per_micro_batch: int = Field(default=4096, ge=1, description="tokens computed at once; bounds memory only")
+    nonfinite_limit: int = Field(default=3, ge=1, description="stop after this many non-finite steps in a row")
 
 
 class RunConfig(Section):
     """The run folder and its rhythm."""
 
-    folder: str | None = Field(None, description="where the run is kept; empty: runs/<method>-<time>")
-    seed: int = Field(0, ge=0)
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at the end only")
-    keep_checkpoints: int = Field(2, ge=1)
-    eval_every: int = Field(0, ge=0, description="steps between evaluations on held-out rows; 0: at the end only")
-    threads: int | None = Field(None, ge=1, description="CPU threads; empty: all")
-    report: bool = Field(True, description="write report.html at the end")
+    folder: str | None = Field(default=None, description="where the run is kept; empty: runs/<method>-<time>")
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: at the end only")
+    keep_checkpoints: int = Field(default=2, ge=1)
+    eval_every: int = Field(
+        default=0, ge=0, description="steps between evaluations on held-out rows; 0: at the end only"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; empty: all")
+    report: bool = Field(default=True, description="write report.html at the end")
 
 
 class MethodConfig(Section):
@@ -96,8 +102,8 @@ class OfflineConfig(MethodConfig):
     """Methods whose data exists before the run."""
 
     data: DataConfig
-    epochs: float = Field(1.0, gt=0)
-    prompts_per_step: int = Field(16, ge=1, description="conversations (SFT) or pairs per optimizer step")
+    epochs: float = Field(default=1.0, gt=0)
+    prompts_per_step: int = Field(default=16, ge=1, description="conversations (SFT) or pairs per optimizer step")
 
 
 class SFTConfig(OfflineConfig):
@@ -112,13 +118,13 @@ class RewardModelConfig(OfflineConfig):
 
     method: Literal["reward"] = "reward"
     optim: OptimConfig = OptimConfig(learning_rate=1e-5)
-    loss: dict[str, Any] = Field({"type": "bradley_terry"}, description="reward loss and its hyperparameters")
+    loss: dict[str, Any] = Field(default={"type": "bradley_terry"}, description="reward loss and its hyperparameters")
 
 
 class ReferenceConfig(Section):
     """The frozen model that the policy is held to. Explicit, and fingerprinted in the run."""
 
-    name: str | None = Field(None, description="a model of its own; empty: the policy as it was at the start")
+    name: str | None = Field(default=None, description="a model of its own; empty: the policy as it was at the start")
 
 
 class PreferenceConfig(OfflineConfig):
@@ -126,17 +132,19 @@ class PreferenceConfig(OfflineConfig):
 
     method: Literal["preference"] = "preference"
     optim: OptimConfig = OptimConfig(learning_rate=5e-6)
-    loss: dict[str, Any] = Field({"type": "dpo", "beta": 0.1}, description="preference loss and its hyperparameters")
+    loss: dict[str, Any] = Field(
+        default={"type": "dpo", "beta": 0.1}, description="preference loss and its hyperparameters"
+    )
     reference: ReferenceConfig = ReferenceConfig()
 
 
 class SamplingConfig(Section):
     """How completions are drawn; log-probs are always those of the distribution that was sampled."""
 
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off")
-    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0: off")
+    max_new_tokens: int = Field(default=128, ge=1)
     stop: tuple[str, ...] = ()
 
     def settings(self) -> SamplingSettings:
@@ -147,12 +155,14 @@ class CriticConfig(Section):
     """Where the critic (values) lives."""
 
     kind: Literal["head", "adapter", "separate"] = Field(
-        "separate",
+        default="separate",
         description="head: a scalar head on the policy's trunk; adapter: its own LoRA adapter on the shared backbone; "
         "separate: a model of its own",
     )
-    name: str | None = Field(None, description="separate: model to start from; empty: the reward model, else the policy")
-    learning_rate: float | None = Field(None, gt=0, description="empty: the policy's")
+    name: str | None = Field(
+        default=None, description="separate: model to start from; empty: the reward model, else the policy"
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="empty: the policy's")
 
 
 class RLConfig(MethodConfig):
@@ -161,21 +171,24 @@ class RLConfig(MethodConfig):
     method: Literal["rl"] = "rl"
     optim: OptimConfig = OptimConfig(learning_rate=1e-6, schedule="constant", warmup=0)
     data: DataConfig
-    algorithm: str = Field("grpo", description="a row of the table: reinforce, a2c, ppo, rloo, grpo")
-    overrides: dict[str, Any] = Field({}, description="fields of that row to change, e.g. {kl_in_reward: 0.02}")
+    algorithm: str = Field(default="grpo", description="a row of the table: reinforce, a2c, ppo, rloo, grpo")
+    overrides: dict[str, Any] = Field(default={}, description="fields of that row to change, e.g. {kl_in_reward: 0.02}")
     reward: dict[str, Any] | str = Field(
-        ..., description="reward model folder, or {type: ..., ...}, or file.py:function / package.module:function"
+        default=...,
+        description="reward model folder, or {type: ..., ...}, or file.py:function / package.module:function",
     )
-    steps: int = Field(100, ge=1, description="rollout rounds")
-    prompts_per_step: int = Field(8, ge=1)
-    completions_per_prompt: int | None = Field(None, ge=1, description="empty: the algorithm's group size")
+    steps: int = Field(default=100, ge=1, description="rollout rounds")
+    prompts_per_step: int = Field(default=8, ge=1)
+    completions_per_prompt: int | None = Field(default=None, ge=1, description="empty: the algorithm's group size")
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     critic: CriticConfig = CriticConfig()
     max_logprob_gap: float = Field(
-        0.1, gt=0, description="stop when mean |log-prob(learner) - log-prob(sampler)| is over this (nats)"
+        default=0.1, gt=0, description="stop when mean |log-prob(learner) - log-prob(sampler)| is over this (nats)"
     )
-    on_reward_failure: Literal["stop", "skip"] = Field("stop", description="skip: leave the rollout out, and count it")
+    on_reward_failure: Literal["stop", "skip"] = Field(
+        default="stop", description="skip: leave the rollout out, and count it"
+    )
 
 
 class PipelineConfig(Section):
