@@ -14,6 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from tether.core.text import Rollout
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
@@ -153,3 +155,21 @@ class Outputs:
     entropy: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
+
+
+def rollout_batch(rollouts: Sequence[Rollout]) -> Batch:
+    """Rollouts as one batch, prompts stored once; row i is rollout i."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, []).append(rollout)
+    return Batch.from_groups(
+        [
+            Group(
+                id=rs[0].prompt.id,
+                prompt=rs[0].prompt_tokens,
+                completions=tuple(r.tokens for r in rs),
+                loss_masks=tuple(r.sampled for r in rs),
+            )
+            for rs in groups.values()
+        ]
+    )

@@ -1,0 +1,150 @@
+"""What both loops share: where a run starts, what it writes after each step, when it saves, how it stops.
+
+A loop hands ``Session.run`` one function, ``step number -> metrics``. Interrupts finish the step, save, and say how
+to go on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tether.core.errors import Interrupted
+from tether.core.protocols import Learner
+from tether.runs import checkpoints
+from tether.runs.clock import Split, peak_memory_bytes
+from tether.runs.folder import RunFolder
+from tether.runs.log import MetricsLog, SamplesLog, cut_to, offsets
+from tether.runs.progress import Progress
+
+
+@dataclass(kw_only=True, eq=False)
+class Session:
+    """One training run in its folder. ``save_model`` writes the model in its normal form (a Hugging Face folder).
+
+    ``state`` and ``restore`` carry what a loop keeps beside the learner (JSON-able); everything else that a resumed
+    run needs is derived from the step number and the seed.
+    """
+
+    folder: RunFolder
+    learner: Learner
+    save_model: Callable[[Path], None]
+    total_steps: int
+    title: str
+    checkpoint_every: int = 0
+    keep: int = 2
+    quiet: bool = False
+    state: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[dict[str, Any]], None] = lambda state: None
+    split: Split = field(default_factory=Split)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(
+        self,
+        one_step: Callable[[int], Mapping[str, float]],
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        eval_every: int = 0,
+    ) -> None:
+        """Steps 1 .. total, each recorded; ``evaluate`` every ``eval_every`` steps and after the last."""
+        with Progress(self.total_steps, self.title, self.quiet) as self.progress:
+            start = self._resume()
+            self.metrics, self.samples = MetricsLog(self.folder.metrics), SamplesLog(self.folder.samples)
+            for log in (self.metrics, self.samples):
+                for note in log.notes:
+                    self.progress.note(note)
+            try:
+                with self._signals():
+                    for step in range(start + 1, self.total_steps + 1):
+                        self._one(step, one_step)
+                        last = step == self.total_steps
+                        if evaluate and (last or (eval_every and step % eval_every == 0)):
+                            with self.split("evaluate"):
+                                self._evaluate(step, evaluate)
+                        due = bool(self.checkpoint_every) and step % self.checkpoint_every == 0 and not last
+                        if due or (self._stop.is_set() and not last):
+                            self._checkpoint(step)
+                        if self._stop.is_set() and not last:
+                            raise Interrupted(
+                                f"stopped after step {step} of {self.total_steps}, saved\n  go on: the same command with --resume"
+                            )
+                with self.split("save"):
+                    self.save_model(self.folder.final)
+            finally:
+                self.metrics.close()
+                self.samples.close()
+
+    def _one(self, step: int, one_step: Callable[[int], Mapping[str, float]]) -> None:
+        before = self.learner.tokens_seen
+        numbers = dict(one_step(step))
+        times = self.split.take()
+        spent = sum(times.values())
+        numbers["tokens_per_second"] = (self.learner.tokens_seen - before) / spent if spent else 0.0
+        numbers["memory/peak_gib"] = peak_memory_bytes() / 2**30
+        self.metrics.append(step, "train", {**numbers, **{f"time/{k}": round(v, 3) for k, v in times.items()}})
+        self.progress.step(step, numbers, times)
+
+    def _evaluate(self, step: int, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        numbers = dict(evaluate())
+        self.metrics.append(step, "eval", numbers)
+        self.progress.say(f"held out, step {step}:  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+
+    def _checkpoint(self, step: int) -> None:
+        def write(path: Path) -> None:
+            self.save_model(path / "model")
+            self.learner.save(path / "learner")
+            save_file({"torch": torch.get_rng_state()}, path / "rng.safetensors")
+
+        with self.split("save"):
+            state = {"offsets": offsets([self.metrics, self.samples]), "loop": self.state()}
+            path = checkpoints.save(self.folder, step, write, state, self.keep)
+        self.progress.say(f"saved {path}")
+
+    def _resume(self) -> int:
+        """The step the run stands at: 0, or that of the newest whole checkpoint."""
+        for note in self.folder.notes:
+            self.progress.note(note)
+        if not self.folder.resumed:
+            return 0
+        found = checkpoints.latest(self.folder, self.progress.note)
+        recorded = found.state["offsets"] if found else {"metrics.jsonl": 0, "samples.jsonl": 0}
+        for name in recorded:
+            (self.folder.path / name).touch()
+        for line in cut_to(self.folder.path, recorded):
+            self.progress.note(line)
+        if found is None:
+            self.progress.note("no checkpoint in this run yet: starting from its first step")
+            return 0
+        self.learner.load(found.path / "learner")
+        torch.set_rng_state(load_file(found.path / "rng.safetensors")["torch"])
+        self.restore(found.state["loop"])
+        self.progress.say(f"going on from {found.path}")
+        self.progress.start_at(found.step)
+        return found.step
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a stop after the step; a second one stops at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+            self.progress.say("stopping after this step; once more to stop at once (the step is lost)")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
