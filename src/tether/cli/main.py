@@ -1,0 +1,104 @@
+"""`tether`: parsing and printing only. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tether.cli import lookup, train, use
+from tether.core.errors import TetherError
+
+SUMMARY = """\
+Usage: tether COMMAND [-c FILE]... [key.path=value]... [OPTIONS]
+
+Train a language model on what people prefer.
+
+Try it:
+  demo        the whole path on a small model, with a report, in minutes
+  doctor      is this machine ready?
+Train (each writes a run folder):
+  sft         instruction tuning on demonstrations
+  reward      reward model from preference pairs
+  preference  directly from pairs             (shortcut: dpo)
+  rl          against a reward                (shortcuts: ppo grpo rloo reinforce a2c)
+Use and judge a model:
+  sample      completions for prompts
+  chat        talk to it
+  evaluate    win rate against a baseline, with its interval
+  report      a run as one HTML page
+Look things up:
+  data        `tether data inspect FILE`: what the rows hold and teach
+  recipes     ready config files: ls, show, cp
+  config      `tether config schema METHOD`: JSON schema for editors
+  explain     what a metric means and what to do about it
+
+`tether COMMAND --help` shows a command's options.  `tether --version` shows the version.
+"""
+
+
+class Front(TyperGroup):
+    """The group of all commands: its help fits a screen, and errors meant for people come without a traceback."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(SUMMARY)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TetherError as error:
+            if wants_traceback():
+                raise
+            sys.stdout.flush()
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            if wants_traceback():
+                raise
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+def wants_traceback() -> bool:
+    """``--debug`` may stand anywhere, and must work for errors raised before a command's options are known."""
+    return "--debug" in sys.argv[1:]
+
+
+app = typer.Typer(
+    cls=Front,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import tether
+
+        typer.echo(f"tether {tether.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _front(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Train a language model on what people prefer."""
+
+
+for room in (train, use, lookup):
+    room.add(app)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="tether")
+
+
+if __name__ == "__main__":
+    main()

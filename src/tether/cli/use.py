@@ -1,0 +1,135 @@
+"""The commands that use and judge a model: sample, chat, evaluate, report, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tether.core.errors import UserError
+
+if TYPE_CHECKING:
+    from tether.core.protocols import SamplingSettings
+
+Model = Annotated[str, typer.Option("-m", "--model", help="Embedded name, folder (a run works), or hub id.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus; 1: off.")]
+TopK = Annotated[int, typer.Option(min=0, help="Likeliest k; 0: off.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest completion.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End a completion at this text; repeatable.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks for errors.")]
+
+EMBEDDED = "smollm2-135m"
+
+
+def add(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    for command in (sample, chat, evaluate, report, demo):
+        app.command(command.__name__)(command)
+
+
+def _settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, stop: list[str] | None) -> Any:
+    from tether.core.protocols import SamplingSettings
+
+    if top_p == 0:
+        raise UserError("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest")
+    return SamplingSettings(
+        temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
+    )
+
+
+def sample(
+    prompt: Annotated[list[str] | None, typer.Argument(help="What to ask.")] = None,
+    model: Model = EMBEDDED,
+    prompts: Annotated[str | None, typer.Option(help="JSONL or Parquet file of prompts.")] = None,
+    out: Annotated[str | None, typer.Option(help="Write JSONL here; empty: print.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Completions per prompt.")] = 1,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
+    seed: Seed = 0,
+    system: System = None,
+    debug: Debug = False,
+) -> None:
+    """Completions for prompts given here or in a file."""
+    if not prompt and prompts is None:
+        raise UserError('nothing to ask: give a prompt (tether sample "Why is the sky blue?") or --prompts FILE')
+    from tether.methods.sample import run
+
+    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
+    run(
+        model=model, prompts=prompts, prompt=list(prompt or []), out=out, n=n, settings=settings, seed=seed,
+        system=system,
+    )  # fmt: skip
+
+
+def chat(
+    model: Model = EMBEDDED,
+    system: System = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 512,
+    stop: Stop = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model in the terminal."""
+    from tether.methods.chat import run
+
+    run(model=model, system=system, settings=_settings(temperature, top_p, top_k, max_new_tokens, stop))
+
+
+def evaluate(
+    prompts: Annotated[str, typer.Option(help="JSONL or Parquet file of held-out prompts.")],
+    judge: Annotated[str, typer.Option(help="Reward model folder, or a rule: name or file.py:function.")],
+    model: Model = EMBEDDED,
+    baseline: Annotated[str | None, typer.Option(help="Compare with this model; empty: scores only.")] = None,
+    n_prompts: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_new_tokens: MaxNewTokens = 256,
+    stop: Stop = None,
+    seed: Seed = 0,
+    out: Annotated[str | None, typer.Option(help="Write the judged pairs and the result here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Win rate against a baseline with its interval, judged in both orders."""
+    from tether.methods.evaluate import run
+
+    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
+    run(
+        model=model, baseline=baseline, prompts=prompts, judge=judge, n_prompts=n_prompts, settings=settings,
+        seed=seed, out=out,
+    )  # fmt: skip
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; empty: FOLDER/report.html.")] = None,
+    debug: Debug = False,
+) -> None:
+    """A run as one self-contained HTML page."""
+    from tether.methods.report import run
+
+    typer.echo(str(run(folder, out)))
+
+
+def demo(
+    out: Annotated[str | None, typer.Option(help="Folder to write; empty: runs/demo-<time>.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few minutes: fewer steps.")] = False,
+    overoptimise: Annotated[
+        bool, typer.Option("--overoptimise", help="The same without the KL anchor: proxy up, gold down.")
+    ] = False,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """The whole path on a small real model: reward model, PPO, DPO, evaluation, one report."""
+    from tether.methods.demo import run
+
+    typer.echo(str(run(out=out, quick=quick, overoptimise=overoptimise, seed=seed)))
