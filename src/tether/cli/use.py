@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,7 +31,9 @@ def add(app: typer.Typer) -> None:
         app.command(command.__name__)(command)
 
 
-def _settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int, stop: list[str] | None) -> Any:
+def _settings(
+    temperature: float, top_p: float, top_k: int, max_new_tokens: int, stop: list[str] | None
+) -> SamplingSettings:
     from tether.core.protocols import SamplingSettings
 
     if top_p == 0:

@@ -29,6 +29,7 @@ from tether.config.yaml import (
     show,
 )
 from tether.core.errors import UserError, nearest
+from tether.runs.folder import config_changes
 
 Path_ = tuple[str, ...]
 Problem = tuple[Mark, str]
@@ -88,26 +89,8 @@ def json_schema(method: str) -> dict[str, Any]:
 
 
 def difference(old: Section, new: Section) -> list[str]:
-    """One line per setting that differs: why a run can't go on under a changed config."""
-    before, after = _flat(old.model_dump()), _flat(new.model_dump())
-    absent = object()
-    lines = []
-    for name in [*before, *(n for n in after if n not in before)]:
-        was, now = before.get(name, absent), after.get(name, absent)
-        if type(was) is not type(now) or was != now:
-            texts = ["not set" if value is absent else show(value) for value in (was, now)]
-            lines.append(f"{name}: {texts[0]} in the run, {texts[1]} now")
-    return lines
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    """One line per setting that differs and matters to a resumed run."""
+    return config_changes(resolve_yaml(old), resolve_yaml(new))
 
 
 def _gather(files: Sequence[Path], overrides: Sequence[str], said: list[str]) -> Node:

@@ -277,6 +277,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+# Quoted with escapes where a character is a kind of line break or can't be seen: PyYAML folds some of them away.
+_Dumper.add_representer(
+    str,
+    lambda dumper, data: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"'
+    ),
+)
 _Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data))
 _Dumper.add_representer(
     float,

@@ -1,0 +1,209 @@
+"""Every metric a run writes: what it means, what is healthy, what to do when it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One metric. ``meaning`` is one line, with the unit; ``healthy`` a range; ``action`` what to do outside it."""
+
+    meaning: str
+    healthy: str
+    action: str
+
+
+METRICS: dict[str, Entry] = {
+    "loss": Entry(
+        "what the optimizer minimises; for policy losses a surrogate whose level means nothing",
+        "falling for sft, reward and preference; anywhere near 0 for rl",
+        "for rl look at reward/mean and kl/reference instead; elsewhere, if it rises, halve optim.learning_rate",
+    ),
+    "accuracy": Entry(
+        "share of trained tokens (sft) or of pairs (reward) that the model gets right",
+        "rising; for pairs 0.6 to 0.8, as people themselves agree on about 3 of 4",
+        "near 0.5 on pairs: look for swapped labels (tether data inspect); near 1: look for a give-away such as length",
+    ),
+    "grad_norm": Entry(
+        "global norm of the gradient before clipping",
+        "steady, within a few times optim.clip_norm",
+        "spikes: lower optim.learning_rate or lengthen optim.warmup; always 0: nothing is being trained",
+    ),
+    "learning_rate": Entry(
+        "the step size at this step, after warm-up and schedule",
+        "as the schedule says: up during optim.warmup, then down to 0 or constant",
+        "change optim.learning_rate, optim.warmup or optim.schedule",
+    ),
+    "tokens_per_second": Entry(
+        "tokens trained or sampled per second of wall time",
+        "steady; compare with the share of the machine's ceiling",
+        "falling: other processes, or longer rows; see time/* for where the time goes",
+    ),
+    "share_of_ceiling": Entry(
+        "achieved arithmetic as a share of what this machine's matrix products reach",
+        "above 0.5 for training on a CPU",
+        "low: raise optim.tokens_per_micro_batch, or set run.threads to the number of physical cores",
+    ),
+    "time/*": Entry(
+        "seconds of this step spent in one part: sampling, reward, learning, ...",
+        "sampling is usually the largest part of rl; the parts sum to the step",
+        "sampling too large: fewer sampling.max_new_tokens; learning too large: fewer updates per rollout",
+    ),
+    "memory/peak_gib": Entry(
+        "largest memory the process has held, in GiB",
+        "flat after the first steps, and under the machine's memory",
+        "lower optim.tokens_per_micro_batch; then model.lora, which trains adapters only",
+    ),
+    "reward/mean": Entry(
+        "mean reward of the rollouts of this step, before any KL penalty",
+        "rising slowly; faster than kl/reference",
+        "flat: see groups/zero_variance and optim.learning_rate; leaping up: read samples.jsonl for a trick",
+    ),
+    "reward/std": Entry(
+        "standard deviation of the reward over this step's rollouts",
+        "above 0, and shrinking slowly",
+        "0: the reward can't tell completions apart, so nothing is learned; raise sampling.temperature",
+    ),
+    "reward/proxy": Entry(
+        "the reward that is optimised (a reward model's score), where a gold score exists beside it",
+        "rising together with reward/gold",
+        "rising while reward/gold falls is over-optimisation (Gao 2022): stop earlier, or raise the KL weight",
+    ),
+    "reward/gold": Entry(
+        "the score that is meant, known only where the judge is disclosed; never trained on",
+        "rising with reward/proxy",
+        "past its peak: use an earlier checkpoint; more pairs for the reward model; a stronger KL anchor",
+    ),
+    "reward/dropped": Entry(
+        "rollouts left out of this step because their reward failed",
+        "0",
+        "read the reward's error in the log; on_reward_failure=stop ends the run at the first one",
+    ),
+    "reward/*": Entry(
+        "mean of one named part of the reward",
+        "the parts that are meant to rise do, and no part pays for the others",
+        "one part grows alone: change its weight in the reward",
+    ),
+    "kl/reference": Entry(
+        "KL(policy || reference) summed over a completion, in nats: how far the policy has moved",
+        "a slow rise; 1 to 20 nats by the end; an estimate may dip below 0",
+        "running away: raise kl_weight or kl_in_reward (overrides), or lower optim.learning_rate",
+    ),
+    "kl/reference_per_token": Entry(
+        "KL(policy || reference) per completion token, in nats",
+        "below 0.1 for most runs",
+        "as for kl/reference; if only this one rises, completions are getting shorter",
+    ),
+    "kl/step": Entry(
+        "KL between the policy before and after this step's updates, per token, in nats",
+        "0.0001 to 0.02",
+        "larger: lower optim.learning_rate, or fewer updates per rollout; smaller: the steps do nothing",
+    ),
+    "policy/entropy": Entry(
+        "mean entropy of the next-token distribution over completion tokens, in nats",
+        "falling slowly, well above 0",
+        "near 0: the policy has collapsed on one answer; raise the KL weight or sampling.temperature",
+    ),
+    "policy/clip_low": Entry(
+        "share of tokens whose ratio fell below 1 - clip_low and so gave no gradient",
+        "below 0.2 together with policy/clip_high",
+        "larger: fewer updates per rollout, or a lower optim.learning_rate; always 0 with several updates: too timid",
+    ),
+    "policy/clip_high": Entry(
+        "share of tokens whose ratio rose above 1 + clip_high and so gave no gradient",
+        "below 0.2 together with policy/clip_low",
+        "larger: fewer updates per rollout, or a lower optim.learning_rate",
+    ),
+    "policy/ratio_max": Entry(
+        "largest ratio of new to old probability of any token in this step",
+        "1 in the first update of a step; below 10 after it",
+        "above 1 in the first update: sampler and learner disagree (see sampler/gap); else lower optim.learning_rate",
+    ),
+    "policy/ratio": Entry(
+        "mean ratio of new to old token probability", "within 0.01 of 1", "lower optim.learning_rate"
+    ),
+    "value/loss": Entry(
+        "mean squared error of the critic against the returns",
+        "falling, then steady",
+        "rising: raise critic.learning_rate; compare with value/explained_variance, which has no unit",
+    ),
+    "value/explained_variance": Entry(
+        "1 - Var(returns - values) / Var(returns): how much of the return the critic foresees",
+        "above 0 after some steps; 0.3 to 0.9 is good; 1 is perfect",
+        "negative: the critic does harm; raise critic.learning_rate or use an algorithm without one (rloo, grpo)",
+    ),
+    "value/clipped": Entry(
+        "share of values whose change was clipped", "below 0.2", "larger: lower critic.learning_rate"
+    ),
+    "groups/zero_variance": Entry(
+        "share of prompts whose completions all got the same reward: they teach nothing",
+        "below 0.5",
+        "larger: prompts too easy or too hard; change them, sample hotter, or more completions_per_prompt",
+    ),
+    "rollout/length": Entry(
+        "mean length of a completion, in tokens",
+        "near where it began, unless length is what the reward asks for",
+        "climbing with the reward: the reward pays for length; see the report's length chart",
+    ),
+    "rollout/truncated": Entry(
+        "share of completions cut at sampling.max_new_tokens",
+        "below 0.1",
+        "larger: raise sampling.max_new_tokens; growing: the policy forgets to stop",
+    ),
+    "rollout/unique": Entry(
+        "share of completions in this step that are different texts",
+        "near 1",
+        "falling: collapse; raise sampling.temperature or the KL weight",
+    ),
+    "sampler/gap": Entry(
+        "mean |log-prob(learner) - log-prob(sampler)| of the sampled tokens, in nats",
+        "below 0.001 in float32, below 0.02 in bfloat16",
+        "larger: the two see different weights or masks; the run stops at max_logprob_gap",
+    ),
+    "sampler/gap_max": Entry("largest such gap of any token, in nats", "below 0.1 in float32", "as for sampler/gap"),
+    "rewards/chosen": Entry(
+        "beta (log policy - log reference) of the chosen completions: DPO's implicit reward",
+        "above rewards/rejected; its own sign matters less",
+        "falling far below 0: lower optim.learning_rate, add an SFT term, or train SFT on the chosen rows first",
+    ),
+    "rewards/rejected": Entry(
+        "beta (log policy - log reference) of the rejected completions",
+        "falling, below rewards/chosen",
+        "not falling: raise optim.learning_rate, or the pairs are too alike (tether data inspect)",
+    ),
+    "rewards/margins": Entry(
+        "rewards/chosen minus rewards/rejected",
+        "rising from 0; 0.5 to 3 at the end",
+        "far larger: memorising; fewer epochs or a larger beta",
+    ),
+    "rewards/accuracies": Entry(
+        "share of pairs with rewards/chosen above rewards/rejected",
+        "0 at the first step for ties, then 0.6 to 0.9",
+        "below 0.5: chosen and rejected may be swapped; near 1 early: look for a give-away such as length",
+    ),
+    "logps/chosen": Entry(
+        "log-probability of the chosen completions under the policy, summed over tokens, in nats",
+        "often falls a little even when DPO works, as long as logps/rejected falls faster",
+        "falling fast: a lower optim.learning_rate, an SFT term on the chosen side, or smaller beta steps",
+    ),
+    "logps/rejected": Entry(
+        "log-probability of the rejected completions under the policy, summed over tokens, in nats",
+        "falling faster than logps/chosen",
+        "as for logps/chosen",
+    ),
+    "eval/*": Entry(
+        "the same metric on held-out rows",
+        "moving with the training metric",
+        "training improves while this worsens: over-fitting; fewer epochs, or an earlier checkpoint",
+    ),
+}
+
+# Other names of the same thing.
+SAME = {"kl/ref": "kl/reference", "entropy": "policy/entropy", "rewards/accuracy": "rewards/accuracies"}
+
+
+def find(name: str) -> Entry | None:
+    """The entry of a metric: its own, or that of its family (``time/*``); ``eval/X`` is explained as held-out X."""
+    name = SAME.get(name, name)
+    return METRICS.get(name) or METRICS.get(name.split("/")[0] + "/*")
