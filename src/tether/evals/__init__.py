@@ -1,1 +1,1 @@
-"""Win rate, intervals, reward-model accuracy, diversity."""
+"""Win rate, intervals, strengths, best-of-n, reward-model accuracy, diversity."""
