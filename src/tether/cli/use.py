@@ -34,10 +34,10 @@ def add(app: typer.Typer) -> None:
 def _settings(
     temperature: float, top_p: float, top_k: int, max_new_tokens: int, stop: list[str] | None
 ) -> SamplingSettings:
-    from tether.core.protocols import SamplingSettings
-
     if top_p == 0:
         raise UserError("--top-p 0 leaves no token to draw; give a share above 0, or --temperature 0 for the likeliest")
+    from tether.core.protocols import SamplingSettings
+
     return SamplingSettings(
         temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
     )
@@ -61,9 +61,9 @@ def sample(
     """Completions for prompts given here or in a file."""
     if not prompt and prompts is None:
         raise UserError('nothing to ask: give a prompt (tether sample "Why is the sky blue?") or --prompts FILE')
+    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
     from tether.methods.sample import run
 
-    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
     run(
         model=model, prompts=prompts, prompt=list(prompt or []), out=out, n=n, settings=settings, seed=seed,
         system=system,
@@ -81,9 +81,10 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk to a model in the terminal."""
+    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
     from tether.methods.chat import run
 
-    run(model=model, system=system, settings=_settings(temperature, top_p, top_k, max_new_tokens, stop))
+    run(model=model, system=system, settings=settings)
 
 
 def evaluate(
@@ -102,9 +103,9 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Win rate against a baseline with its interval, judged in both orders."""
+    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
     from tether.methods.evaluate import run
 
-    settings = _settings(temperature, top_p, top_k, max_new_tokens, stop)
     run(
         model=model, baseline=baseline, prompts=prompts, judge=judge, n_prompts=n_prompts, settings=settings,
         seed=seed, out=out,
