@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tether.core.errors import RewardFailure, UserError, nearest
+from tether.core.errors import RewardFailure
 from tether.core.protocols import Scores
 from tether.core.text import Rollout
 
@@ -81,27 +77,3 @@ class FunctionReward:
                 )
             scores.append(number)
         return scores
-
-
-def load_function(address: str) -> FunctionReward:
-    """``file.py:function`` or ``package.module:function``."""
-    place, _, name = address.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
-            if not path.exists():
-                raise UserError(f"{address}: no such file: {path}")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except ImportError as error:
-        raise UserError(f"{address}: can't import {place}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise UserError(f"{address}: {place} has no function {name!r}{nearest(name, known)}")
-    return FunctionReward(function=function, name=address)

@@ -1,0 +1,270 @@
+"""The parts every method is put together from: model, tokens, data, learner, run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tether.backends.local.learner import AdamWSettings, LocalLearner, evaluate
+from tether.config.load import resolve_yaml
+from tether.config.schema import DataConfig, LoraConfig, MethodConfig, ModelConfig, OptimConfig
+from tether.core.batches import Batch, Group, rollout_batch
+from tether.core.errors import UserError
+from tether.core.text import Rollout
+from tether.data.chat import ChatTokenizer
+from tether.data.groups import tokenise
+from tether.data.readers import Kind, read
+from tether.models.adapters import add_adapter
+from tether.models.backbone import Backbone
+from tether.models.load import (
+    clone_frozen,
+    fingerprint,
+    load_backbone,
+
+    load_tokenizer,
+    resolve,
+    save_policy,
+    save_scorer,
+)
+from tether.models.roles import Policy, Role, Scorer, new_head
+from tether.runs.folder import RunFolder, new_path
+from tether.training.schedule import learning_rate
+
+Say = Callable[[str], None]
+
+
+def speaker(quiet: bool) -> Say:
+    """Where a method's remarks go."""
+    return (lambda text: None) if quiet else (lambda text: print(text, flush=True))
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def open_backbone(model: ModelConfig, say: Say) -> Backbone:
+    return load_backbone(
+        model.name,
+        dtype=model.dtype,
+        device=model.device,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attention_layout=model.attention,
+        say=say,
+    )
+
+
+def adapt(backbone: Backbone, lora: LoraConfig | None, role: str) -> str | None:
+    """Put an adapter named ``role`` on the backbone, and return its name; None where all weights are trained."""
+    if lora is None:
+        return None
+    add_adapter(backbone.hf, role, **lora.model_dump())
+    return role
+
+
+def open_scorer(backbone: Backbone, lora: LoraConfig | None, role: str, *, zero: bool) -> Scorer:
+    """A fresh scalar head on ``backbone``, with an adapter of its own where LoRA is on."""
+    return Scorer(backbone=backbone, head=new_head(backbone, zero=zero), adapter=adapt(backbone, lora, role))
+
+
+def frozen_reference(policy: Policy, name: str | None, model: ModelConfig, say: Say) -> Policy:
+    """The policy as it is now, for good: the bare backbone where the policy is an adapter, else a copy; or a model of
+    its own, ``name``. Which one it is, with a fingerprint of its weights, is said."""
+    if name is not None:
+        backbone = open_backbone(model.model_copy(update={"name": name}), say)
+        if backbone.tokenizer.get_vocab() != policy.backbone.tokenizer.get_vocab():
+            raise UserError(f"reference {name}: its vocabulary differs from that of {model.name}, so no KL is defined")
+    elif policy.adapter is not None:
+        backbone = policy.backbone
+    else:
+        backbone = clone_frozen(policy.backbone)
+    reference = Policy(backbone=backbone, adapter=None, temperature=policy.temperature)
+    say(f"reference: {name or f'{model.name} as it is now'}, weights {fingerprint(reference)}")
+    return reference
+
+
+def scores_of(role: Role, tokens_per_micro_batch: int) -> Callable[[Batch], Tensor]:
+    """batch -> [B] scores of a reward model, without gradient."""
+
+    def score(batch: Batch) -> Tensor:
+        scores = evaluate(role, batch, tokens_per_micro_batch).scores
+        assert scores is not None
+        return scores
+
+    return score
+
+
+def logprobs_of(policy: Policy, tokens_per_micro_batch: int) -> Callable[[Batch], Tensor]:
+    """batch -> [B, T] log-probs, without gradient."""
+
+    def logprobs(batch: Batch) -> Tensor:
+        found = evaluate(policy, batch, tokens_per_micro_batch).logprobs
+        assert found is not None
+        return found
+
+    return logprobs
+
+
+def rollouts_for(scorer: Scorer, policy_tokenizer: Any) -> Callable[[Sequence[Rollout]], Batch]:
+    """How a reward model sees rollouts: token for token where it shares the policy's vocabulary, else as text in its
+    own template."""
+    if scorer.backbone.tokenizer.get_vocab() == policy_tokenizer.get_vocab():
+        return rollout_batch
+    chat = ChatTokenizer(scorer.backbone.tokenizer)
+
+    def retokenised(rollouts: Sequence[Rollout]) -> Batch:
+        return Batch.from_groups([chat.group(r.prompt, [r.text], id=r.prompt.id) for r in rollouts])
+
+    return retokenised
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Groups to train on, groups held out, and what identifies the source."""
+
+    train: tuple[Group, ...]
+    held_out: tuple[Group, ...]
+    fingerprint: str
+
+
+def open_chat(model: ModelConfig, data: DataConfig, say: Say) -> ChatTokenizer:
+    """The chat tokenizer of a run; its preflight findings are said."""
+    resolve(model.name, revision=model.revision, say=say)
+    tokenizer = load_tokenizer(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, say=say
+    )
+    chat = ChatTokenizer(tokenizer, template=data.template, system=data.system)
+    for message in chat.preflight():
+        say(f"note: {message}")
+    return chat
+
+
+def open_data(config: DataConfig, kind: Kind, chat: ChatTokenizer, say: Say, *, last_turn_only: bool = False) -> Data:
+    """Read, tokenise and split; everything left out is said with its cause."""
+
+    def groups(path: str, limit: int | None) -> tuple[tuple[Group, ...], str]:
+        rows = read(path, kind, limit=limit, max_bad_rows=config.max_bad_rows)
+        tokens = tokenise(
+            rows.records,
+            chat,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=config.max_completion_tokens,
+            overlong=config.overlong,
+            last_turn_only=last_turn_only,
+        )
+        say(f"{path}: {len(tokens.groups)} {kind}")
+        for note in (*rows.notes, *tokens.notes):
+            say(f"  {note}")
+        for cause, count in {**rows.counts, **tokens.counts}.items():
+            say(f"  {count} × {cause}")
+        return tokens.groups, rows.fingerprint
+
+    train, mark = groups(config.train, config.limit)
+    if config.eval is not None:
+        held_out, _ = groups(config.eval, None)
+    else:
+        # By the hash of the prompt, so that one prompt never stands on both sides.
+        share = round(config.eval_fraction * 1000)
+        held_out = tuple(g for g in train if _bucket(g) < share)
+        train = tuple(g for g in train if _bucket(g) >= share)
+    if not train:
+        raise UserError(f"{config.train}: no rows are left to train on")
+    return Data(train=train, held_out=held_out, fingerprint=mark)
+
+
+def _bucket(group: Group) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(group.prompt.numpy().tobytes()).digest()[:4], "little") % 1000
+
+
+# -- learner and run ---------------------------------------------------------------------------------------------------
+
+
+def open_learner(
+    role: Role, optim: OptimConfig, total_steps: int, *, factors: dict[str, float] | None = None
+) -> LocalLearner:
+    """``total_steps``: optimizer steps of the whole run, for the schedule."""
+    settings = AdamWSettings(
+        learning_rate=learning_rate(optim.schedule, optim.learning_rate, optim.warmup, total_steps),
+        weight_decay=optim.weight_decay,
+        beta1=optim.beta1,
+        beta2=optim.beta2,
+        epsilon=optim.epsilon,
+        clip_norm=optim.clip_norm,
+        nonfinite_limit=optim.nonfinite_limit,
+        factors=factors,
+    )
+    return LocalLearner(role, settings, tokens_per_micro_batch=optim.tokens_per_micro_batch)
+
+
+def open_run(config: MethodConfig, method: str, data_fingerprint: str, *, resume: bool) -> RunFolder:
+    """Make or reopen the run folder; a resumed run whose data has changed is refused."""
+    path = Path(config.run.folder) if config.run.folder else new_path(method)
+    folder = RunFolder.create(path, config_yaml=resolve_yaml(config), method=method, resume=resume)
+    mark = folder.file("data.json")
+    if folder.resumed and mark.exists():
+        before = json.loads(mark.read_text())["sha256"]
+        if before != data_fingerprint:
+            folder.close()
+            raise UserError(
+                f"{path}: the training data has changed since this run began (sha256 {before[:12]} -> "
+                f"{data_fingerprint[:12]})\n  put the old file back, or start another run with run.folder=NAME"
+            )
+    mark.write_text(json.dumps({"sha256": data_fingerprint}))
+    return folder
+
+
+def begin(config: MethodConfig) -> None:
+    """Seeds and threads, before anything is drawn."""
+    torch.manual_seed(config.run.seed)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+
+
+def saver(role: Policy | Scorer, method: str, model: str, config: MethodConfig) -> Callable[[Path], None]:
+    """Writes the model as a normal Hugging Face folder with a model card."""
+
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_policy(role, folder) if isinstance(role, Policy) else save_scorer(role, folder)
+        (folder / "README.md").write_text(model_card(method, model, config), encoding="utf-8")
+
+    return save
+
+
+def model_card(method: str, model: str, config: MethodConfig) -> str:
+    kind = "reward model (sequence classification, one label)" if method == "reward" else "causal language model"
+    return (
+        f"---\nbase_model: {model}\ntags: [tether, {method}]\n---\n\n# {method} of {model}\n\n"
+        f"A {kind}, trained with Tether. It opens with transformers as it stands.\n\n"
+        f"```yaml\n{resolve_yaml(config).strip()}\n```\n"
+    )
+
+
+def finish(folder: RunFolder, config: MethodConfig, say: Say) -> Path:
+    """The report, and where everything is."""
+    if config.run.report:
+        from tether.methods import report
+
+        say(f"report: {report.run(folder.path, None)}")
+    say(f"model:  {folder.final}")
+    return folder.path
+
+
+def describe_dry_run(config: MethodConfig, lines: Sequence[str], example: str) -> None:
+    """--dry-run: the resolved config, the schedule, and one tokenised example."""
+    print(resolve_yaml(config))
+    for line in lines:
+        print(line)
+    print(f"\none example, token by token:\n{example}")
+
+

@@ -1,0 +1,33 @@
+"""Reward models from pairs (Bradley-Terry; Ouyang 2022, eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tether.config.build import build
+from tether.config.schema import RewardModelConfig
+from tether.core.batches import Batch, Group, PreferenceBatch
+from tether.losses import REWARD
+from tether.methods import offline, parts
+
+
+def run(config: RewardModelConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
+    """Train a scalar head (and trunk) on pairs; returns the run folder."""
+    method = offline.OfflineMethod(
+        name="reward",
+        title="reward model",
+        kind="preferences",
+        loss=build(REWARD, config.loss, "loss"),
+        role=lambda backbone: parts.open_scorer(backbone, config.model.lora, "reward", zero=False),
+        prepare=lambda role: pairs,
+    )
+    return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet)
+
+
+def pairs(groups: Sequence[Group]) -> Batch:
+    """Row 2i chosen, row 2i+1 rejected, with margins where every pair has one."""
+    margins = [g.margin for g in groups if g.margin is not None]
+    return PreferenceBatch.from_groups(groups, margin=torch.tensor(margins) if len(margins) == len(groups) else None)

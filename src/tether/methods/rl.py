@@ -1,0 +1,198 @@
+"""Optimising against a reward: REINFORCE, A2C, PPO, RLOO, GRPO. Which one is a row of the algorithm table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tether.algorithms import ALGORITHMS, Algorithm, with_overrides
+from tether.backends.local.sampler import LocalSampler
+from tether.config.build import build, find
+from tether.config.schema import RLConfig
+from tether.core.errors import UserError, nearest
+from tether.core.protocols import Reward
+from tether.core.text import Prompt
+from tether.data.chat import ChatTokenizer
+from tether.data.readers import read
+from tether.methods import parts
+from tether.models.load import load_scorer, resolve
+from tether.models.roles import ActorCritic, Policy, Scorer
+from tether.rewards.function import FunctionReward
+from tether.rewards.model import RewardModel
+from tether.rewards.rules import RULES
+from tether.training import online
+from tether.training.session import Session
+
+
+def run(config: RLConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
+    """Train the policy against the reward; returns the run folder."""
+    say = parts.speaker(quiet)
+    parts.begin(config)
+    algorithm = choose_algorithm(config.algorithm, config.overrides)
+    check_sampling(config)
+    chat = parts.open_chat(config.model, config.data, say)
+    prompts, mark = open_prompts(config, chat, say)
+    group_size = config.completions_per_prompt or algorithm.group_size
+    order = PromptOrder(prompts, config.prompts_per_step, config.run.seed)
+    lines = _schedule(config, algorithm, group_size, len(prompts))
+    if dry_run:
+        parts.describe_dry_run(config, lines, chat.prompt_text(prompts[0]))
+        return Path(config.run.folder or ".")
+    for line in lines:
+        say(line)
+    with parts.open_run(config, "rl", mark, resume=resume) as folder:
+        backbone = parts.open_backbone(config.model, say)
+        backbone.tokenizer.chat_template = chat.tokenizer.chat_template
+        policy = Policy(
+            backbone=backbone,
+            adapter=parts.adapt(backbone, config.model.lora, "policy"),
+            temperature=config.sampling.temperature,
+        )
+        reward, scorer = open_reward(config.reward, backbone.tokenizer, config, say)
+        reference = None
+        if "reference" in algorithm.needs:
+            frozen = parts.frozen_reference(policy, config.reference.name, config.model, say)
+            reference = parts.logprobs_of(frozen, config.optim.tokens_per_micro_batch)
+        role: Policy | ActorCritic = policy
+        if "critic" in algorithm.needs:
+            role = ActorCritic(policy=policy, critic=open_critic(config, policy, scorer, say))
+        updates = config.steps * algorithm.epochs_per_rollout * algorithm.minibatches
+        rate = config.critic.learning_rate
+        factors = {"critic.": rate / config.optim.learning_rate} if rate else None
+        learner = parts.open_learner(role, config.optim, updates, factors=factors)
+        job = online.OnlineJob(
+            algorithm=algorithm,
+            group_size=group_size,
+            prompts=order,
+            sampler=LocalSampler(policy=policy, chat=chat, policy_version=lambda: learner.step),
+            settings=config.sampling.settings(),
+            reward=reward,
+            reference=reference,
+            seed=config.run.seed,
+            max_logprob_gap=config.max_logprob_gap,
+            skip_failed_rewards=config.on_reward_failure == "skip",
+        )
+        session = Session(
+            folder=folder,
+            learner=learner,
+            save_model=parts.saver(policy, config.algorithm, config.model.name, config),
+            total_steps=config.steps,
+            title=config.algorithm.upper(),
+            checkpoint_every=config.run.checkpoint_every,
+            keep=config.run.keep_checkpoints,
+            quiet=quiet,
+        )
+        online.train(session, job)
+        return parts.finish(folder, config, say)
+
+
+class PromptOrder:
+    """Step (from 0) -> its prompts: epoch after epoch in seeded permutations, a function of the step number alone."""
+
+    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int) -> None:
+        self.prompts, self.per_step, self.seed = prompts, per_step, seed
+        self._cached: tuple[int, list[int]] = (-1, [])
+
+    def __call__(self, step: int) -> list[Prompt]:
+        first = step * self.per_step
+        count = len(self.prompts)
+        return [self.prompts[self._order(at // count)[at % count]] for at in range(first, first + self.per_step)]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._cached[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._cached = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        return self._cached[1]
+
+
+def choose_algorithm(name: str, overrides: Mapping[str, Any]) -> Algorithm:
+    """A row of the table, with some of its fields changed."""
+    if name not in ALGORITHMS:
+        raise UserError(f"algorithm {name!r} is not in the table{nearest(name, list(ALGORITHMS))}; it has {', '.join(ALGORITHMS)}")
+    return with_overrides(ALGORITHMS[name], overrides)
+
+
+def check_sampling(config: RLConfig) -> None:
+    """What is trained must be what was sampled: log-probs are scored with the temperature, but not with a cut tail."""
+    sampling = config.sampling
+    if sampling.temperature == 0:
+        raise UserError("sampling.temperature=0 draws nothing to learn from; use a temperature above 0")
+    if sampling.top_p < 1 or sampling.top_k > 0:
+        raise UserError(
+            "sampling.top_p and sampling.top_k cut the tail of the distribution, and the learner scores the whole of it: "
+            "the log-probs would not be those of the sampled distribution\n  use sampling.temperature alone in training"
+        )
+
+
+def open_prompts(config: RLConfig, chat: ChatTokenizer, say: parts.Say) -> tuple[list[Prompt], str]:
+    rows = read(config.data.train, "prompts", limit=config.data.limit, max_bad_rows=config.data.max_bad_rows)
+    limit, overlong = config.data.max_prompt_tokens, config.data.overlong
+    sizes = [len(chat.prompt(p)) for p in rows.records]
+    kept = [p for p, size in zip(rows.records, sizes, strict=True) if size <= limit]
+    too_long = len(rows.records) - len(kept)
+    if too_long and overlong != "drop":
+        raise UserError(
+            f"{config.data.train}: {too_long} prompts have more than data.max_prompt_tokens={limit} tokens (up to {max(sizes)})\n"
+            "  raise the limit, or leave them out with data.overlong=drop; a prompt is never cut before it is answered"
+        )
+    counts = {f"prompt over data.max_prompt_tokens={limit}": too_long} if too_long else {}
+    say(f"{config.data.train}: {len(kept)} prompts")
+    for note in rows.notes:
+        say(f"  {note}")
+    for cause, count in {**rows.counts, **counts}.items():
+        say(f"  {count} × {cause}")
+    return list(kept), rows.fingerprint
+
+
+def open_reward(
+    spec: Mapping[str, Any] | str, policy_tokenizer: Any, config: RLConfig, say: parts.Say
+) -> tuple[Reward, Scorer | None]:
+    """The reward that ``spec`` names, and the reward model behind it where there is one: a folder or hub id, a row of
+    the rule table with its options, or the user's own function."""
+    if isinstance(spec, str) and (spec in RULES or ":" in spec):
+        found = find(RULES, spec, "reward")
+        if isinstance(found, type):
+            return build(RULES, spec, "reward"), None
+        return FunctionReward(function=found, name=spec), None
+    if isinstance(spec, Mapping):
+        return build(RULES, spec, "reward"), None
+    scorer = load_scorer(resolve(spec, say=say), dtype=config.model.dtype, device=config.model.device, say=say)
+    say(f"reward model: {spec}")
+    return model_reward(scorer, policy_tokenizer, config.optim.tokens_per_micro_batch), scorer
+
+
+def model_reward(scorer: Scorer, policy_tokenizer: Any, tokens_per_micro_batch: int) -> RewardModel:
+    return RewardModel(
+        batch_of=parts.rollouts_for(scorer, policy_tokenizer), score=parts.scores_of(scorer, tokens_per_micro_batch)
+    )
+
+
+def open_critic(config: RLConfig, policy: Policy, scorer: Scorer | None, say: parts.Say) -> Scorer:
+    """Values start at zero everywhere: the first advantages are the rewards themselves."""
+    kind, lora = config.critic.kind, config.model.lora
+    if kind == "adapter" and lora is None:
+        raise UserError("critic.kind=adapter needs model.lora; or use critic.kind=head or separate")
+    if kind == "head":
+        backbone, adapter = policy.backbone, policy.adapter
+    elif kind == "adapter":
+        backbone, adapter = policy.backbone, parts.adapt(policy.backbone, lora, "critic")
+    else:
+        name = config.critic.name or (config.reward if scorer is not None else config.model.name)
+        backbone = parts.open_backbone(config.model.model_copy(update={"name": name}), say)
+        adapter = parts.adapt(backbone, lora, "critic")
+    say(f"critic: {kind}" + (f", from {backbone.name}" if kind == "separate" else ""))
+    return Scorer(backbone=backbone, head=parts.new_head(backbone, zero=True), adapter=adapter)
+
+
+def _schedule(config: RLConfig, algorithm: Algorithm, group_size: int, n_prompts: int) -> list[str]:
+    rollouts = config.prompts_per_step * group_size
+    updates = algorithm.epochs_per_rollout * algorithm.minibatches
+    return [
+        f"{config.algorithm}: {config.steps} steps of {config.prompts_per_step} prompts × {group_size} completions = "
+        f"{rollouts} rollouts, {updates} optimizer steps each",
+        f"{config.steps * config.prompts_per_step / n_prompts:.2f} epochs of {n_prompts} prompts; "
+        f"KL in the reward {algorithm.kl_in_reward:g}",
+    ]
