@@ -99,8 +99,8 @@ def _pieces(batch: Batch, token_budget: int) -> list[_Piece]:
     per = batch.rows_per_unit
     by_prompts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for first in range(0, batch.size, per):
-        rows = tuple(range(first, min(first + per, batch.size)))
-        by_prompts.setdefault(tuple(sorted({prompt_of[r] for r in rows})), []).append(rows)
+        unit = tuple(range(first, min(first + per, batch.size)))
+        by_prompts.setdefault(tuple(sorted({prompt_of[r] for r in unit})), []).append(unit)
 
     pieces: list[_Piece] = []
     for prompts, units in by_prompts.items():
@@ -112,7 +112,7 @@ def _pieces(batch: Batch, token_budget: int) -> list[_Piece]:
             if rows and cost + added > token_budget:
                 pieces.append(_Piece(rows=tuple(rows), cost=cost))
                 rows, cost = [], shared
-            rows += unit
+            rows.extend(unit)
             cost += added
         pieces.append(_Piece(rows=tuple(rows), cost=cost))
     return pieces

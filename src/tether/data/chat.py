@@ -82,7 +82,7 @@ class ChatTokenizer:
     # -- records ---------------------------------------------------------------------------------------------------
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """What the model reads before it answers: the rendered conversation with the assistant's header, or the text."""
+        """What the model reads before it answers: the conversation with the assistant's header, or the text."""
         if prompt.text is not None:
             return prompt.text
         return self.template.prompt(prompt.messages)
@@ -94,9 +94,7 @@ class ChatTokenizer:
             raise DataError(f"{prompt.id}: the prompt is empty and this tokenizer has no BOS; give it some text")
         return torch.tensor(ids)
 
-    def group(
-        self, prompt: Prompt, completions: Sequence[str], *, id: str, margin: float | None = None
-    ) -> Group:
+    def group(self, prompt: Prompt, completions: Sequence[str], *, id: str, margin: float | None = None) -> Group:
         """``prompt`` and its ``completions``, tokenised jointly; each completion ends with a trained stop token.
 
         The prompt is stored once: the tokens that all completions share up to the border. Where a tokenizer merges

@@ -21,7 +21,7 @@ HUB_TIMEOUT_SECONDS = 5.0
 FIX_JSON = "every line must be one JSON object; mend or delete it"
 
 
-class BadRow(Exception):
+class BadRowError(Exception):
     """A row that can't be used. ``cause`` is counted; ``what`` is said; ``key`` is the column, ``column`` the place."""
 
     def __init__(self, cause: str, what: str, *, key: str | None = None, column: int | None = None) -> None:
@@ -39,7 +39,7 @@ class RawRow:
     number: int
     value: Any = None
     text: str = ""
-    problem: BadRow | None = None
+    problem: BadRowError | None = None
 
     def column_of(self, key: str | None) -> int:
         """Where ``key`` stands in the line (1-based); 1 where that can't be told."""
@@ -90,8 +90,7 @@ def _missing(path: str, file: Path) -> str:
 
 def _text_rows(file: Path) -> Iterator[RawRow]:
     """JSON lines or a JSON array, gzipped or not: told by the first character, not by the name."""
-    opened = gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb")
-    with opened as stream:
+    with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as stream:
         first = b""
         try:
             while not first.strip(b"\xef\xbb\xbf \t\r\n") and (block := stream.read(64)):
@@ -109,7 +108,7 @@ def _line_rows(stream: Any) -> Iterator[RawRow]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             what = f"not UTF-8 (byte {line[error.start]:#04x}); save the file as UTF-8"
-            yield RawRow(number=number, problem=BadRow("not UTF-8", what, column=error.start + 1))
+            yield RawRow(number=number, problem=BadRowError("not UTF-8", what, column=error.start + 1))
             continue
         if not text.strip():
             continue
@@ -117,9 +116,9 @@ def _line_rows(stream: Any) -> Iterator[RawRow]:
             yield RawRow(number=number, value=json.loads(text), text=text)
         except json.JSONDecodeError as error:
             what = f"not JSON: {error.msg}; {FIX_JSON}"
-            yield RawRow(number=number, text=text, problem=BadRow("not JSON", what, column=error.colno))
+            yield RawRow(number=number, text=text, problem=BadRowError("not JSON", what, column=error.colno))
         except RecursionError:
-            yield RawRow(number=number, text=text, problem=BadRow("not JSON", f"nested too deeply; {FIX_JSON}"))
+            yield RawRow(number=number, text=text, problem=BadRowError("not JSON", f"nested too deeply; {FIX_JSON}"))
 
 
 def _array_rows(file: Path, content: bytes) -> Iterator[RawRow]:
@@ -165,7 +164,7 @@ def _hub_rows(path: str) -> Iterator[RawRow]:
     name, split = match["name"], match["split"] or "train"
     local = f"or save it as a file and give its path, e.g. data.train={name.split('/')[1]}.jsonl"
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
             f"{path} is no file here, and reading it from the hub needs a package that is not installed: "
@@ -176,7 +175,9 @@ def _hub_rows(path: str) -> Iterator[RawRow]:
     try:
         rows = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
-        raise DataError(f"{path}: can't be loaded ({_first_line(error)}); check the name and the split, {local}") from None
+        raise DataError(
+            f"{path}: can't be loaded ({_first_line(error)}); check the name and the split, {local}"
+        ) from None
     for number, value in enumerate(rows, 1):
         yield RawRow(number=number, value={k: v for k, v in dict(value).items() if v is not None})
 
@@ -193,7 +194,9 @@ def _ask_hub_once(name: str, local: str) -> None:
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT_SECONDS)
     except RepositoryNotFoundError:
-        raise DataError(f"{name}: the hub has no such data set (or it needs a login); check the name, {local}") from None
+        raise DataError(
+            f"{name}: the hub has no such data set (or it needs a login); check the name, {local}"
+        ) from None
     except Exception as error:
         raise DataError(
             f"{name}: the hub can't be reached ({_first_line(error)}); "

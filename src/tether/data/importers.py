@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from tether.data.files import BadRow
+from tether.data.files import BadRowError
 
 Row = dict[str, Any]
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -32,18 +32,16 @@ def hh_turns(text: str, key: str) -> list[dict[str, str]]:
     """Anthropic HH text, "\\n\\nHuman: ...\\n\\nAssistant: ...", as messages."""
     pieces = HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip("\n"))
     if len(pieces) < 3 or pieces[0].strip():
-        raise BadRow("roles do not alternate", "text before the first 'Human:'; delete it or the row", key=key)
+        raise BadRowError("roles do not alternate", "text before the first 'Human:'; delete it or the row", key=key)
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
-    ]
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def _hh(row: Row) -> Row | None:
-    sides = [row.get("chosen"), row.get("rejected")]
-    if "prompt" in row or not all(isinstance(s, str) and s.lstrip().startswith("Human:") for s in sides):
+    sides = ("chosen", "rejected")
+    if "prompt" in row or not all(str(row.get(side, "")).lstrip().startswith("Human:") for side in sides):
         return None
-    return {**row, "chosen": hh_turns(sides[0], "chosen"), "rejected": hh_turns(sides[1], "rejected")}
+    return {**row, **{side: hh_turns(row[side], side) for side in sides}}
 
 
 def _sharegpt_turns(turns: Any, key: str) -> list[dict[str, str]]:
@@ -51,10 +49,12 @@ def _sharegpt_turns(turns: Any, key: str) -> list[dict[str, str]]:
     out = []
     for turn in turns:
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise BadRow("wrong type", f"every turn of {key!r} must be {{from, value}}", key=key)
+            raise BadRowError("wrong type", f"every turn of {key!r} must be {{from, value}}", key=key)
         role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
         if role is None:
-            raise BadRow("unknown role", f"{turn['from']!r} is no known speaker; use human, gpt or system", key=key)
+            raise BadRowError(
+                "unknown role", f"{turn['from']!r} is no known speaker; use human, gpt or system", key=key
+            )
         out.append({"role": role, "content": turn["value"]})
     return out
 
@@ -111,7 +111,7 @@ def _first_error(row: Row) -> Row | None:
     if not isinstance(steps, list) or isinstance(wrong, bool) or not isinstance(wrong, int) or "completions" in row:
         return None
     if not -1 <= wrong < len(steps):
-        raise BadRow("bad labels", f"first_error is {wrong}, but there are {len(steps)} steps", key="first_error")
+        raise BadRowError("bad labels", f"first_error is {wrong}, but there are {len(steps)} steps", key="first_error")
     # Nobody judged what follows the first wrong step.
     judged = steps if wrong < 0 else steps[: wrong + 1]
     labels = [i != wrong for i in range(len(judged))]

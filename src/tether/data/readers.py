@@ -12,7 +12,7 @@ from typing import Any
 
 from tether.core.errors import DataError
 from tether.data.columns import Kind, Place, Record, to_records
-from tether.data.files import BadRow, RawRow, fingerprint, is_hub_id, open_rows
+from tether.data.files import BadRowError, RawRow, fingerprint, is_hub_id, open_rows
 from tether.data.importers import to_standard
 
 SHOWN_ERRORS = 5
@@ -65,7 +65,7 @@ def read(
         place = Place(id=f"{stem}:{raw.number}", source=f"{path}:{raw.number}", system=system)
         try:
             found, format_name = _records(raw, kind, place)
-        except BadRow as bad:
+        except BadRowError as bad:
             counts[bad.cause] += 1
             if len(errors) < SHOWN_ERRORS:
                 errors.append(f"{path}:{raw.number}:{bad.column or raw.column_of(bad.key)}: {bad.what}")
@@ -90,7 +90,7 @@ def _records(raw: RawRow, kind: Kind, place: Place) -> tuple[list[Record], str |
     if raw.problem is not None:
         raise raw.problem
     if not isinstance(raw.value, dict):
-        raise BadRow("not an object", f"the row is a {type(raw.value).__name__}, expected an object with columns")
+        raise BadRowError("not an object", f"the row is a {type(raw.value).__name__}, expected an object with columns")
     row, format_name = to_standard({k: v for k, v in raw.value.items() if v is not None})
     return to_records(row, kind, place), format_name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from tether.core.text import Message
 
 # An answer that no template changes and no tokenizer has as a token of its own.
 PROBE = "qzxanswerqzx"
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def read_template(template: str) -> str:
@@ -106,7 +108,7 @@ class Template:
     def spans(self, messages: Sequence[Message], id: str) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and the characters [begin, end) of each assistant turn with its stop token."""
         text = self.render(messages)
-        if "{% generation" in str(self.tokenizer.chat_template) or "{%- generation" in str(self.tokenizer.chat_template):
+        if GENERATION_MARK.search(self.tokenizer.get_chat_template()):
             spans = self._marked_spans(messages, text)
         else:
             spans = self._incremental_spans(messages, text, id)
@@ -119,17 +121,18 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         turns = [{"role": m.role, "content": m.content} for m in self._with_system(messages)]
-        _, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[turns],
-            chat_template=self.tokenizer.chat_template,
+            chat_template=self.tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        marks: list[tuple[int, int]] = rendered[1][0]
         end = self.end_of_turn_text
-        return [(a, b + len(end) if end and text.startswith(end, b) else b) for a, b in marks[0] if b > a]
+        return [(a, b + len(end) if end and text.startswith(end, b) else b) for a, b in marks if b > a]
 
     def _incremental_spans(self, messages: Sequence[Message], text: str, id: str) -> list[tuple[int, int]]:
-        """Each turn found by rendering the conversation up to it; by searching its words where that changes the past."""
+        """Each turn found by rendering up to it; by searching for its words where that changes the past."""
         spans: list[tuple[int, int]] = []
         cursor = 0
         for i, message in enumerate(messages):
