@@ -161,8 +161,8 @@ class GoldJudge:
         ]
         sentences = [
             "The judge in this demo is simulated: no person rated these answers.",
-            "It is a formula written for the demo. It likes answers that belong to the question, are kind, speak to the",
-            f"reader, keep to about {self.best_words:g} words and come to their end.",
+            "It is a formula written for the demo. It likes answers that belong to the question, are kind, speak to",
+            f"the reader, keep to about {self.best_words:g} words and come to their end.",
             "Gold score = style + fluency + relevance.",
             f"Style: {', '.join(style)}.",
             f"Fluency: no bonus, but -{self.fluency_weight:g} for every nat per token below {self.fluency_floor:g}, "
