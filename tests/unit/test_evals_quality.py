@@ -89,3 +89,8 @@ def test_self_bleu_ends():
     assert self_bleu(["the cat sat on the mat"] * 4) == pytest.approx(1.0)
     assert self_bleu(["a b c d e", "f g h i j", "k l m n o"]) < 0.05
     assert math.isnan(self_bleu(["alone"])) and self_bleu(["", "a b"]) < 0.5
+
+
+def test_calibration_bins_are_a_twentieth_wide():
+    confidence = torch.tensor([0.52, 0.92, 0.99])
+    assert [b.n for b in calibration_curve(torch.logit(confidence))] == [1, 1, 1]

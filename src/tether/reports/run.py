@@ -1,0 +1,194 @@
+"""The page of one run: verdict, curves, samples, time, memory, config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tether.core.errors import UserError
+from tether.reports import svg
+from tether.reports.page import Figure, averaged, number, render, thin, time_figure
+from tether.reports.svg import Series
+from tether.reports.verdict import verdict
+from tether.runs import glossary
+from tether.runs.log import read_lines
+
+# Shown first, in this order, where the run has them. The surrogate loss of policy gradients is not among them.
+HEADLINE = (
+    "reward/mean", "kl/reference", "rollout/length", "rollout/truncated", "policy/entropy", "groups/zero_variance",
+    "rewards/margins", "rewards/accuracies", "logps/chosen", "accuracy", "margin",
+)  # fmt: skip
+# Read together, drawn together.
+TOGETHER = {
+    "logps/chosen": ("logps/chosen", "logps/rejected"),
+    "rewards/chosen": ("rewards/chosen", "rewards/rejected"),
+    "policy/clip_low": ("policy/clip_low", "policy/clip_high"),
+}
+SAMPLES_PER_SIDE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run folder, read. ``train`` and ``held_out``: metric -> (steps, values), NaN where a row has null."""
+
+    name: str
+    method: str
+    finished: bool
+    config: str
+    environment: dict[str, Any]
+    train: dict[str, tuple[list[float], list[float]]]
+    held_out: dict[str, tuple[list[float], list[float]]]
+    samples: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return int(max((x[-1] for x, _ in self.train.values() if x), default=0))
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError where ``folder`` is no run folder, DataError where a log is damaged."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder (it has no config.yaml); give the folder of a run")
+    metrics, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl")
+    try:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/environment.json can't be read: {error}") from error
+    return Run(
+        name=folder.resolve().name,
+        method=str(environment.get("method", "run")),
+        finished=(folder / "final").is_dir(),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        environment=environment,
+        train=_columns(r for r in metrics.rows if r.get("split") == "train"),
+        held_out=_columns(r for r in metrics.rows if r.get("split") != "train"),
+        samples=samples.rows,
+        notes=metrics.notes + samples.notes,
+    )
+
+
+def _columns(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        for name, value in row.get("values", {}).items():
+            if value is None or isinstance(value, (int, float)):
+                steps, values = columns.setdefault(name.removeprefix("eval/"), ([], []))
+                steps.append(float(row["step"]))
+                values.append(float("nan") if value is None else float(value))
+    return columns
+
+
+def run_report(folder: Path) -> str:
+    """One self-contained HTML page about the run in ``folder``; a run that still goes on can be reported, too."""
+    run = read_run(Path(folder))
+    figures = _figures(run)
+    seconds = {
+        n.removeprefix("time/"): math.fsum(svg.finite(v)) for n, (_, v) in run.train.items() if n.startswith("time/")
+    }
+    memory = svg.finite(run.train.get("memory/peak_gib", ([], []))[1])
+    first, last = _samples(run.samples)
+    return render(
+        "run.html",
+        run=run,
+        verdict=verdict(run.method, run.finished, run.train, run.held_out),
+        notes=[*run.notes, *_unfinite(run)],
+        headline=[f for leads, f in figures if leads],
+        rest=[f for leads, f in figures if not leads],
+        first=first,
+        last=last,
+        time=time_figure("Time by part", seconds, "Of the training steps, wall clock.") if seconds else None,
+        memory=f"{max(memory):.2f} GiB" if memory else None,
+        facts=_facts(run.environment),
+    )
+
+
+def _unfinite(run: Run) -> list[str]:
+    """Metrics that were NaN or infinite in some rows: said, because a line only shows a gap."""
+    return [
+        f"{name} was not a finite number in {sum(map(math.isnan, values))} of {len(values)} rows"
+        for name, (_, values) in run.train.items()
+        if any(map(math.isnan, values))
+    ]
+
+
+def _figures(run: Run) -> list[tuple[bool, Figure]]:
+    """(is it a headline, figure), headlines first, in their order."""
+    leading = [n for n in HEADLINE if n in run.train or n in run.held_out]
+    if run.method != "rl" and "loss" in run.train | run.held_out:
+        leading.insert(0, "loss")
+    names = leading + [n for n in {**run.train, **run.held_out} if n not in leading]
+    drawn: set[str] = set()
+    figures = []
+    for name in names:
+        if name in drawn or name.startswith(("time/", "memory/")):
+            continue
+        group = [n for n in TOGETHER.get(name, (name,)) if n in run.train or n in run.held_out]
+        drawn |= set(group)
+        figures.append((name in leading, _figure(run, group)))
+    return figures
+
+
+def _figure(run: Run, names: Sequence[str]) -> Figure:
+    lines: list[tuple[str, list[float], list[float]]] = []
+    for name in names:
+        for label, columns in (("", run.train), (" (held out)", run.held_out)):
+            if name in columns:
+                lines.append((name + label, *columns[name]))
+    series = [Series(name=label, x=a, y=b, markers=len(x) <= 12) for label, x, y in lines for a, b in [averaged(x, y)]]
+    table = {label: dict(zip(x, y, strict=True)) for label, x, y in lines}
+    steps = sorted({s for _, x, _ in lines for s in x})
+    shown, note = thin([(int(s), *(table[n].get(s) for n in table)) for s in steps])
+    if any(len(x) > 200 for _, x, _ in lines):
+        note = "Drawn: means of equal stretches. " + note
+    entry = glossary.find(names[0])
+    latest = ", ".join(f"{label} {number(next(iter(svg.finite(y[::-1])), None))}" for label, _, y in lines)
+    return Figure(
+        title=" and ".join(names),
+        image=svg.line_chart(series, title=f"{' and '.join(names)} by step", x_label="step", y_label=names[0]),
+        legend=tuple(label for label, _, _ in lines) if len(lines) > 1 else (),
+        caption=f"{_sentence(entry.meaning)} Latest: {latest}." if entry else f"Latest: {latest}.",
+        advice=(("Healthy", _sentence(entry.healthy)), ("Else", _sentence(entry.action))) if entry else (),
+        columns=("step", *table),
+        rows=shown,
+        note=note,
+    )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
+
+
+def _samples(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Some samples of the first sampled step and some of the last, spread from best to worst."""
+    steps = sorted({r["step"] for r in rows if "step" in r})
+    if not steps:
+        return [], []
+    last = _spread([r for r in rows if r.get("step") == steps[-1]])
+    return (_spread([r for r in rows if r.get("step") == steps[0]]) if len(steps) > 1 else []), last
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ordered = sorted(rows, key=lambda r: -(r["reward"] if isinstance(r.get("reward"), (int, float)) else -math.inf))
+    return [row for (row,) in thin([(r,) for r in ordered], SAMPLES_PER_SIDE)[0]]
+
+
+def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label -> fact, flat."""
+    facts = []
+    for name, value in environment.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+        elif name == "resumed":
+            value = ", ".join(str(r.get("time")) for r in value)
+        elif name == "memory_bytes" and value:
+            name, value = "memory", f"{value / 2**30:.1f} GiB"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if value not in (None, ""):
+            facts.append((name.replace("_", " "), str(value)))
+    return facts

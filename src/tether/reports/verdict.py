@@ -1,0 +1,88 @@
+"""One plain sentence about a run: what changed, by how much, and whether that is more than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tether.reports.svg import finite, words
+
+Columns = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+# Per method: metrics to judge by, best first, what they are called, and whether more is better.
+JUDGED_BY: dict[str, tuple[tuple[str, str, bool], ...]] = {
+    "sft": (("loss", "loss", False),),
+    "reward": (("accuracy", "share of pairs ordered right", True), ("loss", "loss", False)),
+    "preference": (
+        ("rewards/accuracies", "share of pairs ordered right", True),
+        ("rewards/margins", "reward margin", True),
+        ("loss", "loss", False),
+    ),
+    "rl": (("reward/mean", "mean reward", True),),
+}
+
+
+def verdict(method: str, finished: bool, train: Columns, held_out: Columns) -> str:
+    """E.g. "Over 40 steps the mean reward rose from 0.12 to 0.85, at 3.1 nats of KL from the reference." """
+    steps = int(max((x[-1] for x, _ in train.values() if len(x)), default=0))
+    if not steps:
+        return "No step has been recorded yet."
+    parts = [_change(steps, method, train, held_out)]
+    kl = finite(train.get("kl/reference", ((), ()))[1])
+    if kl:
+        parts[0] += f", at {words(mean(_fifth(kl, last=True)))} nats of KL from the reference"
+    parts[0] += "."
+    cut = finite(train.get("rollout/truncated", ((), ()))[1])
+    if cut and mean(_fifth(cut, last=True)) > 0.5:
+        parts.append("More than half of the last completions were cut at the token limit.")
+    if not finished:
+        parts.append(f"The run is not finished: it stands at step {steps}.")
+    return " ".join(parts)
+
+
+def _change(steps: int, method: str, train: Columns, held_out: Columns) -> str:
+    for name, label, more_is_better in JUDGED_BY.get(method, JUDGED_BY["sft"]):
+        for columns, where in ((held_out, "held-out "), (train, "")):
+            values = finite(columns.get(name, ((), ()))[1])
+            if len(values) >= 2:
+                return (
+                    f"Over {steps} steps the {where}{label} {_moved(values, more_is_better, exact=columns is held_out)}"
+                )
+            if values and columns is held_out:
+                return f"After {steps} steps the held-out {label} is {words(values[-1])}"
+    return f"{steps} steps were recorded"
+
+
+def _moved(values: Sequence[float], more_is_better: bool, *, exact: bool) -> str:
+    """First fifth against last fifth; a change within two standard errors is called none. ``exact``: first and last."""
+    if exact or len(values) < 10:
+        first, last, error = values[0], values[-1], 0.0
+        how = ""
+    else:
+        a, b = _fifth(values), _fifth(values, last=True)
+        first, last = mean(a), mean(b)
+        error = math.sqrt(variance(a) / len(a) + variance(b) / len(b))
+        how = " (means of the first and the last fifth)"
+    figures = f"from {words(_round(first))} to {words(_round(last))}{how}"
+    if abs(last - first) <= 2 * error or last == first:
+        return f"did not change clearly: {figures}"
+    better = (last > first) == more_is_better
+    return f"{'rose' if last > first else 'fell'} {figures}" + ("" if better else ", which is worse")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _fifth(values: Sequence[float], last: bool = False) -> Sequence[float]:
+    size = max(1, len(values) // 5)
+    return values[-size:] if last else values[:size]
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def variance(values: Sequence[float]) -> float:
+    middle = mean(values)
+    return math.fsum((v - middle) ** 2 for v in values) / max(1, len(values) - 1)
