@@ -8,21 +8,19 @@ from typing import Any
 
 import torch
 
-from tether.algorithms import ALGORITHMS, Algorithm, with_overrides
+from tether.advantages import ADVANTAGES
+from tether.algorithms import ALGORITHMS, Algorithm
 from tether.backends.local.sampler import LocalSampler
-from tether.config.build import build, find
+from tether.config.build import change, find
 from tether.config.schema import RLConfig
-from tether.core.errors import UserError, nearest
-from tether.core.protocols import Reward
+from tether.core.errors import UserError
 from tether.core.text import Prompt
 from tether.data.chat import ChatTokenizer
 from tether.data.readers import read
+from tether.losses import POLICY
 from tether.methods import parts
-from tether.models.load import load_scorer, resolve
+from tether.methods.judges import open_reward
 from tether.models.roles import ActorCritic, Policy, Scorer
-from tether.rewards.function import FunctionReward
-from tether.rewards.model import RewardModel
-from tether.rewards.rules import RULES
 from tether.training import online
 from tether.training.session import Session
 
@@ -51,7 +49,9 @@ def run(config: RLConfig, *, resume: bool = False, dry_run: bool = False, quiet:
             adapter=parts.adapt(backbone, config.model.lora, "policy"),
             temperature=config.sampling.temperature,
         )
-        reward, scorer = open_reward(config.reward, backbone.tokenizer, config, say)
+        reward, scorer = open_reward(
+            config.reward, backbone.tokenizer, config.model, config.optim.tokens_per_micro_batch, say
+        )
         reference = None
         if "reference" in algorithm.needs:
             frozen = parts.frozen_reference(policy, config.reference.name, config.model, say)
@@ -110,9 +110,8 @@ class PromptOrder:
 
 def choose_algorithm(name: str, overrides: Mapping[str, Any]) -> Algorithm:
     """A row of the table, with some of its fields changed."""
-    if name not in ALGORITHMS:
-        raise UserError(f"algorithm {name!r} is not in the table{nearest(name, list(ALGORITHMS))}; it has {', '.join(ALGORITHMS)}")
-    return with_overrides(ALGORITHMS[name], overrides)
+    row = find(ALGORITHMS, name, "algorithm")
+    return change(row, overrides, "overrides", {"loss": POLICY, "advantage": ADVANTAGES})
 
 
 def check_sampling(config: RLConfig) -> None:
@@ -145,29 +144,6 @@ def open_prompts(config: RLConfig, chat: ChatTokenizer, say: parts.Say) -> tuple
     for cause, count in {**rows.counts, **counts}.items():
         say(f"  {count} × {cause}")
     return list(kept), rows.fingerprint
-
-
-def open_reward(
-    spec: Mapping[str, Any] | str, policy_tokenizer: Any, config: RLConfig, say: parts.Say
-) -> tuple[Reward, Scorer | None]:
-    """The reward that ``spec`` names, and the reward model behind it where there is one: a folder or hub id, a row of
-    the rule table with its options, or the user's own function."""
-    if isinstance(spec, str) and (spec in RULES or ":" in spec):
-        found = find(RULES, spec, "reward")
-        if isinstance(found, type):
-            return build(RULES, spec, "reward"), None
-        return FunctionReward(function=found, name=spec), None
-    if isinstance(spec, Mapping):
-        return build(RULES, spec, "reward"), None
-    scorer = load_scorer(resolve(spec, say=say), dtype=config.model.dtype, device=config.model.device, say=say)
-    say(f"reward model: {spec}")
-    return model_reward(scorer, policy_tokenizer, config.optim.tokens_per_micro_batch), scorer
-
-
-def model_reward(scorer: Scorer, policy_tokenizer: Any, tokens_per_micro_batch: int) -> RewardModel:
-    return RewardModel(
-        batch_of=parts.rollouts_for(scorer, policy_tokenizer), score=parts.scores_of(scorer, tokens_per_micro_batch)
-    )
 
 
 def open_critic(config: RLConfig, policy: Policy, scorer: Scorer | None, say: parts.Say) -> Scorer:

@@ -1,0 +1,50 @@
+"""KL(π || π_ref) from samples of π: three estimators, and what each does as a penalty (Schulman 2020).
+
+With r = π_ref / π at the sampled token: k1 = −log r is unbiased and may be negative; k2 = ½(log r)² is biased with low
+variance; k3 = r − 1 − log r is unbiased and never negative. What holds for the value does not hold for the gradient:
+see ``kl_penalty``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KLEstimator = Literal["k2", "k3", "k3_corrected"]
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """−log r = log π − log π_ref, nats per token."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """½(log r)², nats per token."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """r − 1 − log r, nats per token. r − 1 through expm1: in float32 the naive form is off threefold at |log r| = 1e-4."""
+    log_r = ref_logprobs - logprobs
+    return torch.expm1(log_r) - log_r
+
+
+def kl_penalty(estimator: KLEstimator, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """A per-token KL penalty for the loss; every tensor has one shape, and only ``logprobs`` a gradient.
+
+    Expected gradient over samples of π_old:
+
+    - "k3_corrected": (π/π_old)·k3 with gradient through the ratio: the exact gradient of KL(π || π_ref), also after π
+      has moved away from π_old. Its value is KL(π || π_ref) per token too.
+    - "k2": the exact gradient while π = π_old; the value is biased.
+    - "k3": the gradient of the *forward* KL(π_ref || π) while π = π_old, as published with GRPO (Shao 2024, eq. 4).
+
+    k1 is not offered: its expected gradient is 0. It belongs in the reward.
+    """
+    if estimator == "k2":
+        return k2(logprobs, ref_logprobs)
+    if estimator == "k3":
+        return k3(logprobs, ref_logprobs)
+    return torch.exp(logprobs - old_logprobs) * k3(logprobs, ref_logprobs)

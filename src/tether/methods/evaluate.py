@@ -1,0 +1,92 @@
+"""``tether evaluate``: a model's answers judged, against a baseline's where one is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tether.config.schema import ModelConfig
+from tether.core.errors import UserError
+from tether.core.protocols import Reward, SamplingSettings
+from tether.core.text import Prompt, Rollout
+from tether.evals.diversity import distinct_n, unique_share
+from tether.evals.statistics import mean_interval
+from tether.evals.winrate import WinRate, compare
+from tether.methods import parts
+from tether.methods.judges import open_reward
+from tether.methods.sample import given_prompts, open_sampler
+
+TOKENS_PER_MICRO_BATCH = 8192
+
+
+def run(
+    *,
+    model: str,
+    baseline: str | None,
+    prompts: str,
+    judge: str,
+    n_prompts: int | None,
+    settings: SamplingSettings,
+    seed: int,
+    out: str | None,
+) -> None:
+    """Sample one answer per prompt from each side, judge them, print the result; write everything to ``out``.
+
+    A reward model or a rule scores one answer at a time, so there is no order to favour; its ties count half.
+    """
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} exists already; name another file")
+    say = parts.speaker(False)
+    asked = given_prompts(prompts, [], n_prompts)
+    ours, reward = _answers(model, asked, settings, seed, say, judge)
+    assert reward is not None
+    scores = reward(ours).total
+    texts = [r.text for r in ours]
+    mean = mean_interval(scores)
+    print(
+        f"{model}: mean score {mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}] by {judge}, over {len(ours)} prompts; "
+        f"{sum(len(r.tokens) for r in ours) / len(ours):.1f} tokens, "
+        f"{100 * sum(r.finish_reason == 'length' for r in ours) / len(ours):.0f} % cut, "
+        f"distinct-2 {distinct_n(texts):.2f}, unique {100 * unique_share(texts):.0f} %"
+    )
+    theirs: list[Rollout] = []
+    result: WinRate | None = None
+    if baseline is not None:
+        theirs, _ = _answers(baseline, asked, settings, seed, say, None)
+        result = compare(ours, theirs, reward, seed=seed)
+        print(f"{model} against {baseline}: {result.sentence()}")
+        c = result.length_controlled
+        print(
+            f"  at equal length {100 * c.estimate:.1f} % [{100 * c.low:.1f}, {100 * c.high:.1f}]; mean tokens "
+            f"{result.our_length:.1f} against {result.baseline_length:.1f}"
+        )
+    if out is not None:
+        _write(Path(out), ours, theirs, reward, result)
+
+
+def _answers(
+    name: str, asked: list[Prompt], settings: SamplingSettings, seed: int, say: parts.Say, judge: str | None
+) -> tuple[list[Rollout], Reward | None]:
+    sampler = open_sampler(name, None, settings, say)
+    reward = None
+    if judge is not None:
+        reward, _ = open_reward(
+            judge, sampler.policy.backbone.tokenizer, ModelConfig(name=name), TOKENS_PER_MICRO_BATCH, say
+        )
+    return sampler.sample(asked, n=1, settings=settings, seed=seed), reward
+
+
+def _write(path: Path, ours: list[Rollout], theirs: list[Rollout], reward: Reward, result: WinRate | None) -> None:
+    """One line per prompt, both answers and their scores; the summary last."""
+    our_scores = reward(ours).total.tolist()
+    their_scores = reward(theirs).total.tolist() if theirs else []
+    with path.open("w", encoding="utf-8") as file:
+        for i, rollout in enumerate(ours):
+            row = {"id": rollout.prompt.id, "question": rollout.prompt.question, "ours": rollout.text, "our_score": our_scores[i]}
+            if theirs:
+                row |= {"baseline": theirs[i].text, "baseline_score": their_scores[i]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if result is not None:
+            summary = {"win_rate": result.rate.estimate, "low": result.rate.low, "high": result.rate.high, "n": result.rate.n}
+            file.write(json.dumps({"summary": summary}) + "\n")
+    print(f"written: {path}")
