@@ -28,7 +28,7 @@ def test_a_recipe_parses_for_its_command(path: Path):
 @by_name
 def test_a_recipe_says_what_it_is_and_how_to_run_it(path: Path):
     first, second, third = path.read_text(encoding="utf-8").splitlines()[:3]
-    assert first.startswith("# ") and len(first) < 90
+    assert first.startswith("# ") and len(first) < 100
     assert second == f"# Run:  tether {path.stem} -c {path.name}"
     assert third.startswith("# Rows: ")
 
