@@ -62,9 +62,8 @@ def detect(path: str) -> Schema:
             continue
         if format_name is not None:
             formats[format_name] += 1
-        kind = next((kind for signs, kind in SIGNS if signs <= standard.keys()), None)
-        if kind is not None:
-            kinds[kind] += 1
+        matching: list[Kind] = [kind for signs, kind in SIGNS if signs <= standard.keys()]
+        kinds.update(matching[:1])
     if not kinds:
         have = ", ".join(types) or "no readable row"
         raise DataError(f"{path}: can't tell what these rows are ({have}); known kinds: {', '.join(get_args(Kind))}")

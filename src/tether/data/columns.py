@@ -1,7 +1,8 @@
 """Standard columns -> records: TRL's conventions, and ours for K-wise rankings.
 
-messages or text; prompt; prompt + completion; prompt + chosen + rejected (+ margin); chosen + rejected with the prompt
-in both; prompt + completion + label; prompt + completions + labels; prompt + completions + ranks. A prompt is a text or a list of messages.
+messages or text; prompt; prompt + completion; prompt + chosen + rejected (+ margin); chosen + rejected that both hold
+the prompt; prompt + completion + label; prompt + completions + labels; prompt + completions + ranks. A prompt is a text
+or a list of messages.
 """
 
 from __future__ import annotations
