@@ -68,7 +68,10 @@ def test_what_is_trained_is_what_is_sampled_after(chat, question, answer):
     prompt = Prompt(id="p", messages=(Message(role="user", content=question),))
     group = chat.group(prompt, [answer], id="g")
     sampled_after = chat.prompt(prompt).tolist()
-    assert torch.cat([group.prompt, group.completions[0]]).tolist()[: len(group.prompt)] == sampled_after[: len(group.prompt)]
+    assert (
+        torch.cat([group.prompt, group.completions[0]]).tolist()[: len(group.prompt)]
+        == sampled_after[: len(group.prompt)]
+    )
     assert chat.decode(group.completions[0][group.loss_masks[0]]).endswith(answer)
 
 

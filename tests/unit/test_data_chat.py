@@ -28,7 +28,10 @@ FORGETFUL = (
 PLAIN_TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-CORPUS = ["the cat sat on the mat. hello hello there", "user assistant system Say: hello say yes\n\n no\n\n yes\n\n no no"]
+CORPUS = [
+    "the cat sat on the mat. hello hello there",
+    "user assistant system Say: hello say yes\n\n no\n\n yes\n\n no no",
+]
 
 
 def tokenizer(template: str | None = CHATML, *, bos: bool = False, pad: str | None = "<|pad|>", eos: bool = True):

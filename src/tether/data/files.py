@@ -211,5 +211,5 @@ def _first_line(error: Exception) -> str:
 def suggest_column(row: dict[str, Any], wanted: list[str]) -> str:
     """'the row has: a, b, did you mean ...?' for a missing column."""
     have = ", ".join(list(row)[:8]) or "nothing"
-    hints = [f"'{w}'{nearest(w, list(row))}" for w in wanted if nearest(w, list(row))]
+    hints = [f"'{w}'{nearest(w, list(row))}" for w in wanted if w not in row and nearest(w, list(row))]
     return f"the row has: {have}" + (f" ({hints[0]})" if hints else "")

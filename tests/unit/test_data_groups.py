@@ -1,0 +1,146 @@
+"""Limits: what is dropped, what is cut, what is refused, and that each is counted by cause."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tether.core.batches import Group
+from tether.core.errors import DataError
+from tether.core.text import Demonstration, Judgement, Message, Preference, Prompt, Ranking
+from tether.data.chat import ChatTokenizer
+from tether.data.groups import cut_prompt, fitting_prompts, tokenise
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_tokenizer) -> ChatTokenizer:
+    return ChatTokenizer(tiny_tokenizer)
+
+
+def pair(chosen: str, rejected: str, prompt: str = "the cat", name: str = "r:1") -> Preference:
+    return Preference(prompt=Prompt(id=name, text=prompt), chosen=chosen, rejected=rejected, margin=1.5)
+
+
+def run(chat, records, prompt=1000, completion=1000, **kwargs):
+    return tokenise(records, chat, max_prompt_tokens=prompt, max_completion_tokens=completion, **kwargs)
+
+
+def test_every_record_becomes_a_group_in_its_own_order(chat):
+    prompt = Prompt(id="p", text="the cat")
+    records = [
+        pair("qq", "zzz"),
+        Ranking(prompt=prompt, completions=("zz", "q", "jjj"), ranks=(2, 0, 1)),
+        Judgement(prompt=prompt, completion="q", desirable=False),
+        Demonstration(id="d", prompt="the cat", completion="qq"),
+        Demonstration(id="m", messages=(Message(role="user", content="a"), Message(role="assistant", content="q"))),
+    ]
+    out = run(chat, records)
+    shown = [[chat.decode(c) for c in g.completions] for g in out.groups]
+    assert shown == [["qq", "zzz"], ["zz", "q", "jjj"], ["q"], ["qq"], ["q"]]
+    assert [g.id for g in out.groups] == ["r:1", "p", "p", "d", "m"]
+    assert out.groups[0].margin == 1.5
+    assert out.records == tuple(records) and out.counts == {}
+
+
+def test_long_rows_are_dropped_and_counted_by_cause(chat):
+    records = [pair("q", "z"), pair("q" * 20, "z"), pair("q", "z", prompt="q" * 30)]
+    out = run(chat, records, prompt=10, completion=10)
+    assert len(out.groups) == 1
+    assert out.counts == {"completion too long, dropped": 1, "prompt too long, dropped": 1}
+
+
+def test_a_side_that_cutting_leaves_untrained_is_dropped_and_counted(chat):
+    group = Group(
+        id="g",
+        prompt=torch.tensor([5]),
+        completions=(torch.tensor([6, 7]), torch.tensor([8, 9])),
+        loss_masks=(torch.tensor([False, True]), torch.tensor([True, True])),
+    )
+
+    class Fixed(ChatTokenizer):
+        def group(self, *args, **kwargs):
+            return group
+
+    fixed = Fixed(chat.tokenizer)
+    assert len(run(fixed, [pair("q", "z")], completion=2).groups) == 1
+    with pytest.raises(DataError, match="1 a side without trained tokens after the cut, dropped"):
+        run(fixed, [pair("q", "z")], completion=1, overlong="cut")
+
+
+def test_a_row_exactly_at_the_limit_is_kept(chat):
+    whole = run(chat, [pair("qqq", "z")]).groups[0]
+    longest = max(len(c) for c in whole.completions)
+    assert run(chat, [pair("qqq", "z")], prompt=len(whole.prompt), completion=longest).counts == {}
+
+
+def test_cutting_keeps_the_end_of_the_prompt_and_the_beginning_of_the_answer(chat):
+    whole = run(chat, [pair("qjxqjx", "zk", prompt="a b c d e f")]).groups[0]
+    out = run(chat, [pair("qjxqjx", "zk", prompt="a b c d e f")], prompt=4, completion=3, overlong="cut")
+    group = out.groups[0]
+    assert torch.equal(group.prompt, whole.prompt[-4:])
+    assert [c.tolist() for c in group.completions] == [c[:3].tolist() for c in whole.completions]
+    assert [len(m) for m in group.loss_masks] == [len(c) for c in group.completions]
+    assert out.counts == {"prompt cut": 1, "completion cut": 1}
+
+
+def test_a_pair_that_cutting_makes_equal_is_dropped_and_counted(chat):
+    out = run(chat, [pair("qjxzz", "qjxkk"), pair("q", "z")], completion=3, overlong="cut")
+    assert len(out.groups) == 1
+    assert out.counts == {"equal sides after the cut, dropped": 1}
+
+
+def test_a_long_conversation_keeps_the_answers_before_the_cut(chat):
+    turns = ("q", "z", "x" * 50, "k")
+    messages = tuple(Message(role=("user", "assistant")[i % 2], content=t) for i, t in enumerate(turns))
+    out = run(chat, [Demonstration(id="d", messages=messages)], completion=10, overlong="cut")
+    group = out.groups[0]
+    assert chat.decode(group.completions[0][group.loss_masks[0]]) == "z"
+    assert out.counts == {"completion cut": 1}
+
+
+def test_error_names_the_row_its_length_and_the_limit(chat):
+    with pytest.raises(DataError, match=r"r:1: the completion has 21 tokens, data\.max_completion_tokens is 10"):
+        run(chat, [pair("q" * 20, "z")], completion=10, overlong="error")
+    with pytest.raises(DataError, match=r"r:1: the prompt has .* tokens, data\.max_prompt_tokens is 2"):
+        run(chat, [pair("q", "z", prompt="qjxk")], prompt=2, overlong="error")
+
+
+def test_nothing_left_says_why(chat):
+    with pytest.raises(DataError, match=r"none of the 2 rows can be used: 2 completion too long, dropped"):
+        run(chat, [pair("q" * 20, "z")] * 2, completion=5)
+
+
+def test_rows_the_template_refuses_are_counted(tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    refuses = "{% if messages[0].content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+    chat = ChatTokenizer(tokenizer, template=refuses + tokenizer.chat_template)
+    records = [
+        Demonstration(id=q, messages=(Message(role="user", content=q), Message(role="assistant", content="z")))
+        for q in ("bad", "good")
+    ]
+    out = run(chat, records)
+    assert [g.id for g in out.groups] == ["good"]
+    assert out.counts == {"refused by the chat template": 1} and "no bad words" in out.notes[0]
+
+
+def test_a_cut_prompt_keeps_its_bos(tiny_tokenizer):
+    class WithBos:
+        adds_bos = True
+        tokenizer = tiny_tokenizer
+
+    bos = tiny_tokenizer.bos_token_id
+    prompt = torch.tensor([bos, 10, 11, 12, 13])
+    assert cut_prompt(prompt, 3, WithBos()).tolist() == [bos, 12, 13]
+    assert cut_prompt(prompt, 5, WithBos()).tolist() == prompt.tolist()
+    assert cut_prompt(prompt, 1, WithBos()).tolist() == [13]
+
+
+def test_prompts_for_rollouts_are_held_to_the_limit(chat):
+    prompts = [Prompt(id="a", text="q"), Prompt(id="b", text="q" * 30)]
+    assert fitting_prompts(prompts, chat, max_prompt_tokens=5) == ((prompts[0],), {"prompt too long, dropped": 1})
+    with pytest.raises(DataError, match="b: the prompt has 30 tokens"):
+        fitting_prompts(prompts, chat, max_prompt_tokens=5, overlong="error")
+    with pytest.raises(DataError, match="none of the 1 rows"):
+        fitting_prompts(prompts[1:], chat, max_prompt_tokens=5)
