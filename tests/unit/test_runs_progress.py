@@ -19,12 +19,12 @@ def test_plain_lines(monkeypatch):
     out = io.StringIO()
     with Progress(4, "PPO", stream=out) as progress:
         now[0] = 10.0
-        progress.step(1, {"grad_norm": 1.0, "reward": 0.25}, {"sample": 7.5, "train": 2.5})
+        progress.step(1, {"grad_norm": 1.0, "reward/mean": 0.25}, {"sample": 7.5, "train": 2.5})
         progress.note("careful")
         progress.note("careful")
         progress.say("saved [bold]x[/bold]")
     assert out.getvalue().splitlines() == [
-        "PPO 1/4  reward 0.25  grad_norm 1  10.0s: sample 75% train 25%  30s left",
+        "PPO 1/4  reward/mean 0.25  grad_norm 1  10.0s: sample 75% train 25%  30s left",
         "note: careful",
         "saved [bold]x[/bold]",
     ]
@@ -44,7 +44,7 @@ def test_a_resumed_run_estimates_from_its_own_steps(monkeypatch):
 def test_quiet_says_warnings_only():
     out = io.StringIO()
     with Progress(2, "PPO", quiet=True, stream=out) as progress:
-        progress.step(1, {"reward": 1}, {})
+        progress.step(1, {"reward/mean": 1}, {})
         progress.say("hello")
         progress.note("careful")
     assert out.getvalue() == "note: careful\n"
@@ -58,10 +58,10 @@ def test_a_terminal_gets_a_panel_and_no_color_is_honoured(monkeypatch, no_color)
         monkeypatch.setenv("NO_COLOR", "1")
     out = Terminal()
     with Progress(2, "PPO [red]run", stream=out) as progress:
-        progress.step(1, {"reward": 0.5}, {"sample": 1.0})
+        progress.step(1, {"reward/mean": 0.5}, {"sample": 1.0})
         progress.say("a [b]line[/b]")
     text = out.getvalue()
-    assert "PPO [red]run" in text and "reward" in text and "0.5" in text and "a [b]line[/b]" in text
+    assert "PPO [red]run" in text and "reward/mean" in text and "0.5" in text and "a [b]line[/b]" in text
     assert "sample 100%" in text and "1/2" in text and "GiB" in text
     assert ("\x1b[36m" in text) is not no_color  # the cyan border
 
@@ -73,5 +73,5 @@ def test_words_for_numbers():
 
 
 def test_headline_puts_the_reward_before_the_loss():
-    shown = module.headline({"x": 1.0, "loss": 2.0, "reward": 3.0})
-    assert [name for name, _ in shown] == ["reward", "loss", "x"]
+    shown = module.headline({"x": 1.0, "loss": 2.0, "reward/mean": 3.0})
+    assert [name for name, _ in shown] == ["reward/mean", "loss", "x"]

@@ -39,7 +39,7 @@ def comparison_report(data: ComparisonReport) -> str:
         data=data,
         start=next(p for p in data.policies if p.name == data.start),
         others=[p for p in data.policies if p.name != data.start],
-        main=[f for f in (_win_rates(data), _frontier(data), _overoptimisation(data), _lengths(data)) if f],
+        main=[f for f in (_win_rates(data), _lengths(data), _frontier(data), _overoptimisation(data)) if f],
         training=_training(data),
         quality=_quality(data),
         worse=worse,
@@ -80,11 +80,16 @@ def _answer(sample: Sample, policy: str) -> Answer | None:
     return next((a for a in sample.answers if a.policy == policy), None)
 
 
+def _hues(data: ComparisonReport) -> dict[str, int]:
+    """One colour per policy, in every figure."""
+    return {p.name: i for i, p in enumerate(data.policies)}
+
+
 def _win_rates(data: ComparisonReport) -> Figure | None:
     rated = [(p, p.win_rate) for p in data.policies if p.win_rate is not None]
     if not rated:
         return None
-    hues = {p.name: i for i, p in enumerate(data.policies)}
+    hues = _hues(data)
     bars = [Bar(name=p.name, hue=hues[p.name], value=w.estimate, low=w.low, high=w.high) for p, w in rated]
     return Figure(
         title=f"Win rate against {data.start}",
@@ -114,33 +119,28 @@ def _win_rates(data: ComparisonReport) -> Figure | None:
 
 def _frontier(data: ComparisonReport) -> Figure | None:
     """Gold against KL: policies, the paths of the RL runs, and best-of-n on the same axes."""
-    series, rows = [], []
+    hues = _hues(data)
+    series: list[Series] = []
+    rows: list[tuple[object, ...]] = []
     if data.best_of_n:
         points = data.best_of_n
         x, y = [b.kl_bound for b in points], [b.gold for b in points]
-        ends = {0, len(points) - 1}
-        labels = [f"best of {b.n}" if i in ends and b.n > 1 else "" for i, b in enumerate(points)]
-        series.append(Series(name="best of n (KL: upper bound)", x=x, y=y, labels=labels))
+        labels = ["" for _ in points[:-1]] + [f"best of {points[-1].n}"]
+        series.append(Series(name="best of n (KL: upper bound)", x=x, y=y, labels=labels, hue=len(hues)))
         rows += [(f"best of {b.n} of {data.start}", b.kl_bound, None, b.gold, b.proxy) for b in points]
     for curve in data.rl:
-        known = [p for p in curve.points if p.gold is not None]
+        known = [(p, p.gold) for p in curve.points if p.gold is not None]
         if known:
-            series.append(
-                Series(name=f"{curve.name} during training", x=[p.kl for p in known], y=[p.gold or 0.0 for p in known])
-            )
-            rows += [(f"{curve.name}, step {p.step}", p.kl, None, p.gold, p.proxy) for p in known]
-    placed = [(p, 0.0 if p.name == data.start and p.kl is None else p.kl) for p in data.policies]
-    held = [(p, kl) for p, kl in placed if kl is not None]
-    series.append(
-        Series(
-            name="policies on held-out prompts",
-            x=[kl for _, kl in held],
-            y=[p.gold for p, _ in held],
-            labels=[p.name for p, _ in held],
-            line=False,
-        )
-    )
-    rows += [(p.name, kl, p.kl_error, p.gold, p.proxy) for p, kl in held]
+            x, y = [p.kl for p, _ in known], [gold for _, gold in known]
+            hue = hues.get(curve.name, len(hues) + 1)
+            series.append(Series(name=f"{curve.name} during training", x=x, y=y, hue=hue, markers=len(x) <= 12))
+            rows += [(f"{curve.name}, step {p.step}", p.kl, None, gold, p.proxy) for p, gold in known]
+    drawn = len(series)
+    for p in data.policies:
+        kl = 0.0 if p.name == data.start and p.kl is None else p.kl
+        if kl is not None:
+            series.append(Series(name=p.name, x=[kl], y=[p.gold], labels=[p.name], line=False, hue=hues[p.name]))
+            rows.append((p.name, kl, p.kl_error, p.gold, p.proxy))
     if len(rows) < 2:
         return None
     shown, note = thin(rows)
@@ -149,9 +149,10 @@ def _frontier(data: ComparisonReport) -> Figure | None:
         image=svg.line_chart(
             series, title="gold score against KL to the start", x_label="KL to the start (nats)", y_label="gold score"
         ),
-        legend=tuple(s.name for s in series),
-        caption="Up is better, left is closer to the start. A policy below the best-of-n line pays more KL for the "
-        "same score than just sampling n answers and keeping the best.",
+        legend=tuple(s.name for s in series[:drawn]),
+        hues=tuple(s.hue or 0 for s in series[:drawn]),
+        caption="Named points: the policies on held-out prompts. Up is better, left is closer to the start. A policy "
+        "below the best-of-n line pays more KL for the same score than sampling n answers and keeping the best.",
         columns=("what", "KL (nats)", "standard error", "gold", "proxy"),
         rows=shown,
         note=note,
@@ -180,6 +181,7 @@ def _overoptimisation(data: ComparisonReport) -> Figure | None:
             title="change of proxy and gold score over the square root of KL",
             x_label="√KL to the start (√nats)",
             y_label="change since the first step",
+            include_x=(0.0,),
             rule=0.0,
         ),
         legend=tuple(s.name for s in series),
@@ -255,7 +257,7 @@ def _preference(run: PreferenceCurve) -> list[Figure]:
         _curve(
             run.name,
             "reward margin",
-            "margin (nats x beta)",
+            "margin (beta × nats)",
             [("margin", steps, [p.margin for p in run.points])],
             "How far the policy prefers chosen to rejected, beyond the start.",
         )
@@ -271,7 +273,7 @@ def _preference(run: PreferenceCurve) -> list[Figure]:
                     ("rejected", steps, [p.logps_rejected - first.logps_rejected for p in run.points]),
                 ],
                 "Change since the first step, apart. Both may fall while the margin grows; where chosen falls far, "
-                "add an NLL term or lower beta's pull (smaller learning rate).",
+                "add an NLL term or lower the learning rate.",
             )
         )
     if any(p.accuracy is not None for p in run.points):

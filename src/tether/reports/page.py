@@ -15,11 +15,15 @@ TABLE_ROWS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing, what it says, and the table behind it. ``image`` is SVG made by ``svg``; the rest is plain text."""
+    """A drawing, what it says, and the table behind it. ``image`` is SVG made by ``svg``; the rest is plain text.
+
+    ``legend``: names in the order of their colours; ``hues``: their colours, where those are not 0, 1, 2, ...
+    """
 
     title: str
     image: str
     legend: tuple[str, ...] = ()
+    hues: tuple[int, ...] = ()
     caption: str = ""
     advice: tuple[tuple[str, str], ...] = ()
     columns: tuple[str, ...] = ()
@@ -39,13 +43,25 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "cut": cut, "left_out": left_out, "time": duration}
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "score": score,
+        "cut": cut,
+        "left_out": left_out,
+        "time": duration,
+    }
     environment.globals |= {"swatch": lambda i: Markup(svg.swatch(i)), "drawn": Markup}
     return environment.get_template(template).render(**values)
 
 
 def number(value: Any) -> str:
     return svg.words(value) if isinstance(value, (int, float)) else "–" if value is None else str(value)
+
+
+def score(value: Any) -> str:
+    """Two decimals: more would claim more than a score of one answer knows."""
+    return f"{value:.2f}" if isinstance(value, (int, float)) else number(value)
 
 
 def percent(value: float | None, digits: int = 0) -> str:

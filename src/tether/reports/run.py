@@ -28,7 +28,7 @@ TOGETHER = {
     "rewards/chosen": ("rewards/chosen", "rewards/rejected"),
     "policy/clip_low": ("policy/clip_low", "policy/clip_high"),
 }
-SAMPLES_PER_SIDE = 6
+SAMPLES_PER_SIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True)

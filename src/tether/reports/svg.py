@@ -17,11 +17,15 @@ DASHES = ("", "6 4", "2 3", "8 3 2 3", "1 4", "10 4")
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points of one thing. ``labels``: words beside points. A NaN breaks the line; ``line=False``: markers only."""
+    """Points of one thing. ``labels``: words beside points. A NaN breaks the line; ``line=False``: markers only.
+
+    ``hue``: number of its colour, marker and dash; by default its place among the series.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    hue: int | None = None
     labels: Sequence[str] = ()
     line: bool = True
     markers: bool = True
@@ -48,7 +52,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next((m * power for m in (1, 2, 5) if m * power >= raw * 0.999), 10 * power)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def span(values: Sequence[float], include: Sequence[float] = ()) -> tuple[float, float]:
@@ -151,7 +155,7 @@ def line_chart(
         out.append(_line("rule", *axes.at(low, low), *axes.at(high, high)))
     taken: list[tuple[float, float]] = []
     for index, one in enumerate(series):
-        out += _draw(axes, index, one, taken)
+        out += _draw(axes, index if one.hue is None else one.hue, one, taken)
     return "".join([*out, "</svg>"])
 
 

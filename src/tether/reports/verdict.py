@@ -30,7 +30,7 @@ def verdict(method: str, finished: bool, train: Columns, held_out: Columns) -> s
     parts = [_change(steps, method, train, held_out)]
     kl = finite(train.get("kl/reference", ((), ()))[1])
     if kl:
-        parts[0] += f", at {words(mean(_fifth(kl, last=True)))} nats of KL from the reference"
+        parts[0] += f", at {words(_round(mean(_fifth(kl, last=True))))} nats of KL from the reference"
     parts[0] += "."
     cut = finite(train.get("rollout/truncated", ((), ()))[1])
     if cut and mean(_fifth(cut, last=True)) > 0.5:
@@ -49,7 +49,7 @@ def _change(steps: int, method: str, train: Columns, held_out: Columns) -> str:
                     f"Over {steps} steps the {where}{label} {_moved(values, more_is_better, exact=columns is held_out)}"
                 )
             if values and columns is held_out:
-                return f"After {steps} steps the held-out {label} is {words(values[-1])}"
+                return f"After {steps} steps the held-out {label} is {words(_round(values[-1]))}"
     return f"{steps} steps were recorded"
 
 

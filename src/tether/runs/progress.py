@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # The surrogate loss of policy gradients says nothing about progress, so what does comes first.
 HEADLINE = (
-    "reward", "score", "kl", "win_rate", "accuracy", "rewards/accuracy", "rewards/margin", "rewards/margins",
-    "length", "completion_length", "truncated", "entropy", "clip_fraction", "loss", "grad_norm", "learning_rate",
+    "reward/mean", "kl/reference", "rewards/accuracies", "rewards/margins", "accuracy", "rollout/length",
+    "rollout/truncated", "policy/entropy", "policy/clip_high", "loss", "grad_norm", "tokens_per_second",
 )  # fmt: skip
 SHOWN = 8
 # Steps that the remaining time is estimated from: recent, because completions grow or shrink during a run.
