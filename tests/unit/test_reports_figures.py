@@ -132,7 +132,9 @@ def test_verdict_prefers_held_out_numbers_and_says_when_worse():
     train = columns(loss=[3.0, 2.0, 1.0])
     said = verdict("sft", False, train, columns(loss=[2.0, 2.5]))
     assert "held-out loss rose from 2 to 2.5, which is worse" in said and "not finished: it stands at step 3" in said
-    assert "loss fell from 3 to 1." in verdict("sft", True, train, {})
+    assert "loss went from 3 to 1; so few steps do not tell" in verdict("sft", True, train, {})
+    steady = columns(loss=[3.0 - i / 10 for i in range(10)])
+    assert "loss fell from 2.95 to 2.15 (means of" in verdict("sft", True, steady, {})
 
 
 def test_verdict_warns_of_cut_completions():

@@ -26,6 +26,7 @@ HEADLINE = (
 TOGETHER = {
     "logps/chosen": ("logps/chosen", "logps/rejected"),
     "rewards/chosen": ("rewards/chosen", "rewards/rejected"),
+    "scores/chosen": ("scores/chosen", "scores/rejected"),
     "policy/clip_low": ("policy/clip_low", "policy/clip_high"),
 }
 SAMPLES_PER_SIDE = 8
@@ -146,10 +147,11 @@ def _figure(run: Run, names: Sequence[str]) -> Figure:
     if any(len(x) > 200 for _, x, _ in lines):
         note = "Drawn: means of equal stretches. " + note
     entry = glossary.find(names[0])
-    latest = ", ".join(f"{label} {number(next(iter(svg.finite(y[::-1])), None))}" for label, _, y in lines)
+    label = names[0] if len(names) == 1 else names[0].split("/")[0]
+    latest = ", ".join(f"{n} {number(next(iter(svg.finite(y[::-1])), None))}" for n, _, y in lines)
     return Figure(
         title=" and ".join(names),
-        image=svg.line_chart(series, title=f"{' and '.join(names)} by step", x_label="step", y_label=names[0]),
+        image=svg.line_chart(series, title=f"{' and '.join(names)} by step", x_label="step", y_label=label),
         legend=tuple(label for label, _, _ in lines) if len(lines) > 1 else (),
         caption=f"{_sentence(entry.meaning)} Latest: {latest}." if entry else f"Latest: {latest}.",
         advice=(("Healthy", _sentence(entry.healthy)), ("Else", _sentence(entry.action))) if entry else (),

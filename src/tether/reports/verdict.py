@@ -55,15 +55,14 @@ def _change(steps: int, method: str, train: Columns, held_out: Columns) -> str:
 
 def _moved(values: Sequence[float], more_is_better: bool, *, exact: bool) -> str:
     """First fifth against last fifth; a change within two standard errors is called none. ``exact``: first and last."""
-    if exact or len(values) < 10:
-        first, last, error = values[0], values[-1], 0.0
-        how = ""
-    else:
-        a, b = _fifth(values), _fifth(values, last=True)
-        first, last = mean(a), mean(b)
-        error = math.sqrt(variance(a) / len(a) + variance(b) / len(b))
-        how = " (means of the first and the last fifth)"
-    figures = f"from {words(_round(first))} to {words(_round(last))}{how}"
+    a, b = _fifth(values), _fifth(values, last=True)
+    first, last = (values[0], values[-1]) if exact else (mean(a), mean(b))
+    figures = f"from {words(_round(first))} to {words(_round(last))}"
+    if not exact:
+        if len(a) < 2:
+            return f"went {figures}; so few steps do not tell a change from noise"
+        figures += " (means of the first and the last fifth)"
+    error = 0.0 if exact else math.sqrt(variance(a) / len(a) + variance(b) / len(b))
     if abs(last - first) <= 2 * error or last == first:
         return f"did not change clearly: {figures}"
     better = (last > first) == more_is_better
