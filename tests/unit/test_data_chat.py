@@ -7,7 +7,7 @@ import torch
 
 from tether.core.errors import DataError, UserError
 from tether.core.text import Demonstration, Message, Prompt
-from tether.data.chat import ChatTokenizer
+from tether.data.chat import ChatTokenizer, Encoded, _border
 from tether.data.template import read_template
 
 CHATML = (
@@ -159,12 +159,25 @@ def _strips_last(template: str) -> str:
     return template.replace("{{ m.content }}", "{% if loop.last %}>{% endif %}{{ m.content }}")
 
 
-def test_words_are_searched_where_rendering_up_to_a_turn_changes_it():
+@pytest.mark.parametrize("words", [("yes", "yes", "no", "no no"), ("user", "user\n", "assistant", " user")])
+def test_answers_are_found_where_rendering_up_to_a_turn_changes_it(words):
+    """The words of an answer stand elsewhere too, so searching for them would not do."""
     chat = ChatTokenizer(tokenizer(_strips_last(CHATML)))
-    group = chat.demonstration(Demonstration(id="d", messages=talk("yes", "yes", "no", "no no")))
-    assert trained(chat, group).endswith("no no<|im_end|>")
-    assert trained(chat, group).count("<|im_end|>") == 2
-    assert "user" not in trained(chat, group)
+    group = chat.demonstration(Demonstration(id="d", messages=talk(*words)))
+    assert trained(chat, group) == f"{words[1]}<|im_end|>{words[3]}<|im_end|>"
+    assert raw(chat, group.prompt) == f"<|im_start|>user\n{words[0]}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_answers_that_the_template_rewrites_altogether_are_refused():
+    shouts = CHATML.replace("{{ m.content }}", "{% if loop.last %}>{% endif %}{{ m.content | upper }}")
+    with pytest.raises(DataError, match="d: the chat template rewrites the answers"):
+        ChatTokenizer(tokenizer(shouts)).demonstration(Demonstration(id="d", messages=talk("hello", "yes")))
+
+
+def test_the_border_is_after_prompt_tokens_that_were_split_anew():
+    """head "abc" = [ab][c], but the joint text "abcd" = [a][bc][d]: [bc] ends at the border, and is prompt."""
+    row = Encoded(ids=[1, 23, 4], offsets=[(0, 1), (1, 3), (3, 4)])
+    assert _border([12, 3], row, 3) == 2
 
 
 def test_plain_text_ends_with_a_trained_eos():
@@ -288,3 +301,20 @@ def test_token_table_marks_what_is_trained():
     assert len(marked) == int(group.loss_masks[0].sum())
     assert lines[-1] == f"{len(marked)} of {len(group.completions[0])} completion tokens are trained"
     assert len(lines) == 2 + group.token_count
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_has_no_header_and_adds_a_space():
+    """As Mistral's: the prompt is the same with and without header, and the space before the answer is trained."""
+    chat = ChatTokenizer(tokenizer(MISTRAL, bos=True))
+    pair = chat.group(asked("hello"), ["yes \n", "no"], id="g")
+    d = chat.demonstration(Demonstration(id="d", messages=talk("hello", "yes \n", "say", "no")))
+    assert raw(chat, pair.prompt) == raw(chat, d.prompt) == "<s>[INST] hello [/INST]"
+    assert [trained(chat, pair, i) for i in (0, 1)] == [" yes<|im_end|>", " no<|im_end|>"]
+    assert trained(chat, d) == " yes<|im_end|> no<|im_end|>"
+    assert chat.preflight() == ["both the tokenizer and the chat template add BOS: one of the two is kept"]

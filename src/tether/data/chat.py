@@ -242,5 +242,5 @@ def _mask_of(encoded: Encoded, spans: list[tuple[int, int]], tokenizer: Any, id:
     for begin, end in encoded.offsets:
         while k < len(spans) and spans[k][1] <= begin:
             k += 1
-        mask.append(k < len(spans) and end > spans[k][0] and begin < spans[k][1])
+        mask.append(k < len(spans) and end > spans[k][0])
     return mask

@@ -132,28 +132,44 @@ class Template:
         return [(a, b + len(end) if end and text.startswith(end, b) else b) for a, b in marks if b > a]
 
     def _incremental_spans(self, messages: Sequence[Message], text: str, id: str) -> list[tuple[int, int]]:
-        """Each turn found by rendering up to it; by searching for its words where that changes the past."""
-        spans: list[tuple[int, int]] = []
-        cursor = 0
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            head, through = self.prompt(messages[:i]), self.render(messages[: i + 1])
-            if text.startswith(through) and through.startswith(head) and through.endswith(self._tail):
-                begin, end = len(head), len(through) - len(self._tail)
-            else:
-                words = message.content.strip()
-                begin = text.find(words, cursor)
-                if begin < 0 and i < len(messages) - 1:
-                    continue  # templates that drop an earlier answer drop it from training too
-                if begin < 0:
-                    raise DataError(f"{id}: the chat template changes the words of the answer, so no mask can be made")
-                end = begin + len(words)
-            if text.startswith(self.end_of_turn_text, end):
-                end += len(self.end_of_turn_text)
-            spans.append((begin, end))
-            cursor = end
+        """Each turn found by rendering up to it. Turns that the template rewrites later are not trained."""
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        spans = [span for i in answers if (span := self._span_of(messages, i, text)) is not None]
+        if len(spans) < len(answers):
+            spans = self._probed_spans(messages, text) or spans
+        if answers and not spans:
+            raise DataError(
+                f"{id}: the chat template rewrites the answers, so it can't be told which tokens are theirs; "
+                "use a template with {% generation %} marks"
+            )
         return spans
+
+    def _span_of(self, messages: Sequence[Message], i: int, text: str) -> tuple[int, int] | None:
+        """The answer ``messages[i]`` in ``text``, where what is rendered up to it is how ``text`` begins."""
+        head, through = self.prompt(messages[:i]), self.render(messages[: i + 1])
+        if not (text.startswith(through) and through.startswith(head) and through.endswith(self._tail)):
+            return None
+        return len(head), self._with_stop(text, len(through) - len(self._tail))
+
+    def _with_stop(self, text: str, end: int) -> int:
+        return end + len(self.end_of_turn_text) if text.startswith(self.end_of_turn_text, end) else end
+
+    def _probed_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]] | None:
+        """The answers found by rendering the conversation with a probe for each turn; None where ``text`` differs."""
+        probes = [f"{PROBE}{i}{PROBE}" for i in range(len(messages))]
+        skeleton = self.render([Message(role=m.role, content=p) for m, p in zip(messages, probes, strict=True)])
+        for written in (str, str.strip):
+            built, rest, spans = "", skeleton, []
+            for message, probe in zip(messages, probes, strict=True):
+                before, _, rest = rest.partition(probe)
+                built += before
+                begin = len(built)
+                built += written(message.content)
+                if message.role == "assistant":
+                    spans.append((begin, len(built)))
+            if built + rest == text:
+                return [(begin, self._with_stop(text, end)) for begin, end in spans]
+        return None
 
     def complaints(self) -> list[str]:
         """What this template does that training should know of."""
@@ -170,7 +186,7 @@ class Template:
         if not text.startswith(head) or not text.startswith(first):
             return [
                 "the chat template is not prefix-preserving (a later turn changes how earlier ones are written): "
-                "answers are found by their words; prefer data.last_turn_only=true, or a template with "
-                "{% generation %} marks"
+                "answers are found by probing it, and those that it rewrites are not trained; "
+                "prefer data.last_turn_only=true, or a template with {% generation %} marks"
             ]
         return []
