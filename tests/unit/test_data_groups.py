@@ -9,7 +9,7 @@ from tether.core.batches import Group
 from tether.core.errors import DataError
 from tether.core.text import Demonstration, Judgement, Message, Preference, Prompt, Ranking
 from tether.data.chat import ChatTokenizer
-from tether.data.groups import cut_prompt, fitting_prompts, tokenise
+from tether.data.groups import cut_prompt, tokenise
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +135,3 @@ def test_a_cut_prompt_keeps_its_bos(tiny_tokenizer):
     assert cut_prompt(prompt, 3, WithBos()).tolist() == [bos, 12, 13]
     assert cut_prompt(prompt, 5, WithBos()).tolist() == prompt.tolist()
     assert cut_prompt(prompt, 1, WithBos()).tolist() == [13]
-
-
-def test_prompts_for_rollouts_are_held_to_the_limit(chat):
-    prompts = [Prompt(id="a", text="q"), Prompt(id="b", text="q" * 30)]
-    assert fitting_prompts(prompts, chat, max_prompt_tokens=5) == ((prompts[0],), {"prompt too long, dropped": 1})
-    with pytest.raises(DataError, match="b: the prompt has 30 tokens"):
-        fitting_prompts(prompts, chat, max_prompt_tokens=5, overlong="error")
-    with pytest.raises(DataError, match="none of the 1 rows"):
-        fitting_prompts(prompts[1:], chat, max_prompt_tokens=5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tether.core.batches import Group
 from tether.core.errors import DataError
-from tether.core.text import Demonstration, Judgement, Preference, Prompt, Ranking
+from tether.core.text import Demonstration, Judgement, Preference, Ranking
 from tether.data.chat import ChatTokenizer
 
 Record = Demonstration | Preference | Ranking | Judgement
@@ -132,33 +132,6 @@ def _nothing_left(rows: int, counts: Mapping[str, int], notes: Sequence[str]) ->
         f"none of the {rows} rows can be used: {causes}. "
         f"Raise data.max_prompt_tokens / data.max_completion_tokens, or set data.overlong=cut{first}"
     )
-
-
-def fitting_prompts(
-    prompts: Sequence[Prompt], chat: ChatTokenizer, *, max_prompt_tokens: int, overlong: Overlong = "drop"
-) -> tuple[tuple[Prompt, ...], dict[str, int]]:
-    """The prompts that rollouts can start from, and the others counted by cause.
-
-    A prompt is sampled from as a whole, so "cut" leaves a long one out as "drop" does; "error" raises DataError.
-    """
-    kept: list[Prompt] = []
-    counts: Counter[str] = Counter()
-    notes: list[str] = []
-    for prompt in prompts:
-        try:
-            length = len(chat.prompt(prompt))
-        except DataError as error:
-            counts["refused by the chat template"] += 1
-            notes.append(str(error))
-            continue
-        if length <= max_prompt_tokens:
-            kept.append(prompt)
-            continue
-        _refuse(prompt.id, "prompt", length, max_prompt_tokens, overlong)
-        counts["prompt too long, dropped"] += 1
-    if prompts and not kept:
-        raise DataError(_nothing_left(len(prompts), counts, notes))
-    return tuple(kept), dict(counts)
 
 
 def _refuse(id: str, part: str, length: int, limit: int, overlong: Overlong) -> None:
