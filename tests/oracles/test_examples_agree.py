@@ -59,7 +59,7 @@ def test_dpo_and_its_gradient(beta: float):
     pairs = [dpo.dpo_loss(sums[i], sums[i + 1], refs[i], refs[i + 1], beta) for i in (0, 2)]
     theirs = sum(pairs) / len(pairs)
     (expected,) = torch.autograd.grad(theirs, again)
-    assert ours.detach().value() == pytest.approx(float(theirs), rel=1e-12)
+    assert ours.detach().value() == pytest.approx(float(theirs.detach()), rel=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -96,7 +96,7 @@ def test_ppo_with_a_clipped_critic_and_its_gradients():
     terms += [value_weight * ppo.value_loss(d[s], old_values[s], returns[s], value_clip) for s in slots]
     theirs = sum(terms) / len(slots)
     expected = torch.autograd.grad(theirs, (c, d))
-    assert ours.detach().value() == pytest.approx(float(theirs), rel=1e-12)
+    assert ours.detach().value() == pytest.approx(float(theirs.detach()), rel=1e-12)
     for mine, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
     assert 0 < sum(float(g) == 0 for g in (expected[0][s] for s in slots)) < len(slots), "some are clipped, some not"
