@@ -1,82 +1,115 @@
-"""rewards -> advantages: pure, one frozen object per estimator.
+"""Rewards to advantages: how much better a token, or a completion, did than was to be expected.
 
-Every estimator takes rewards [B, T] (the score on the last token, KL penalties already in), mask [B, T] (tokens the
-policy chose), groups [B] (which rows share a prompt), values [B, T] where there is a critic, and bootstrap [B], the
-value after the last token: 0 where the completion ended, V where it was cut. Slots outside the mask give 0.
+Shared contract: ``rewards`` [B, T] per token, 0 on padded slots (the score on the last present token; a KL penalty per
+token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers, equal for
+completions of one prompt; ``values`` [B, T] the critic before each token; ``bootstrap`` [B] its value after the last
+one, 0 (the default) where the completion ended. Result [B, T], 0 where ``mask`` is False, never with a gradient.
+
+Tokens that are present but not chosen (tool output) are no steps of their own: a reward on one belongs to the chosen
+token before it, and advantages pass through undiscounted.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
-    """(A - mean) / std over all tokens that count; the mean is subtracted, always."""
-    counted = advantages[mask]
-    if len(counted) < 2:
-        return advantages
-    centred = torch.where(mask, advantages - counted.mean(), 0.0)
-    return centred / (counted.std() + 1e-8)
+def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(A − mean) / (std + eps) over all masked slots of the batch; population std. The mean is not added back."""
+    kept = advantages[mask]
+    if not len(kept):
+        return torch.zeros_like(advantages)
+    return torch.where(mask, (advantages - kept.mean()) / (kept.std(correction=0) + eps), 0.0)
 
 
-def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float, bootstrap: Tensor | None = None) -> Tensor:
-    """G_t = Σ_k γ^(k - t) r_k over the masked tokens, plus γ^(...) · bootstrap. [B, T]."""
-    return _gae(rewards, mask, torch.zeros_like(rewards), gamma, 1.0, bootstrap)
-
-
-def _gae(
-    rewards: Tensor, mask: Tensor, values: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
+def discounted(
+    rewards: Tensor, mask: Tensor, values: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
 ) -> Tensor:
-    """Backward recursion; a token outside the mask (tool output, padding) hands everything through unchanged, and a
-    reward on it is carried to the token of the policy before it."""
-    rewards, values = torch.nan_to_num(rewards), torch.nan_to_num(values)
+    """δ_t = r_t + γV_{t+1} − V_t,  Â_t = δ_t + γλ·Â_{t+1}  (Schulman 2016, eq. 16), over the chosen tokens. [B, T]."""
     out = torch.zeros_like(rewards)
-    ahead = torch.zeros_like(rewards[:, 0])
-    value_ahead = torch.zeros_like(ahead) if bootstrap is None else bootstrap.to(rewards)
-    carried = torch.zeros_like(ahead)
+    next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.to(rewards)
+    next_advantage = torch.zeros_like(next_value)
+    unclaimed = torch.zeros_like(next_value)  # rewards on tokens after the chosen one and before the next
     for t in reversed(range(rewards.shape[1])):
-        counts = mask[:, t]
-        delta = rewards[:, t] + carried + gamma * value_ahead - values[:, t]
-        advantage = delta + gamma * lam * ahead
-        out[:, t] = torch.where(counts, advantage, 0.0)
-        ahead = torch.where(counts, advantage, ahead)
-        value_ahead = torch.where(counts, values[:, t], value_ahead)
-        carried = torch.where(counts, 0.0, carried + rewards[:, t])
+        chosen = mask[:, t]
+        unclaimed = unclaimed + rewards[:, t]
+        advantage = unclaimed + gamma * next_value - values[:, t] + gamma * lam * next_advantage
+        out[:, t] = torch.where(chosen, advantage, 0.0)
+        next_advantage = torch.where(chosen, advantage, next_advantage)
+        next_value = torch.where(chosen, values[:, t], next_value)
+        unclaimed = torch.where(chosen, 0.0, unclaimed)
     return out
 
 
-def sequence_returns(rewards: Tensor) -> Tensor:
-    """[B]: everything a completion earned."""
-    return torch.nan_to_num(rewards).sum(dim=1)
+def rewards_to_go(rewards: Tensor, mask: Tensor, bootstrap: Tensor | None = None, gamma: float = 1.0) -> Tensor:
+    """R_t = Σ_{k ≥ t} γ^{k−t}·r_k (+ the discounted bootstrap), [B, T]."""
+    return discounted(rewards, mask, torch.zeros_like(rewards), bootstrap, gamma, lam=1.0)
 
 
 def _group_sums(returns: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: its group's sum, its group's size, and the group's index."""
-    _, index = torch.unique(groups, return_inverse=True)
-    size = torch.zeros(int(index.max()) + 1, dtype=returns.dtype, device=returns.device)
-    total = size.clone().index_add_(0, index, returns)
-    size = size.index_add_(0, index, torch.ones_like(returns))
-    return total[index], size[index], index
+    """returns [B], groups [B] -> for each row the sum [B] and size [B] of its group, and which one it is [B] (0, 1, ...)."""
+    _, group_of, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(sizes), dtype=returns.dtype, device=returns.device).index_add(0, group_of, returns)
+    return sums[group_of], sizes[group_of], group_of
+
+
+def _group_range(returns: Tensor, group_of: Tensor) -> Tensor:
+    """For each row the largest minus the smallest return of its group, [B]."""
+    extremes = [
+        torch.zeros_like(returns).scatter_reduce(0, group_of, returns, how, include_self=False)
+        for how in ("amax", "amin")
+    ]
+    return (extremes[0] - extremes[1])[group_of]
+
+
+def _check_share(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimator:
-    """What the estimators share. ``whiten``: normalise over the whole batch at the end."""
-
-    whiten: bool = False
+class Estimator(ABC):
+    """Base of advantage estimators; see the top of this file for the tensors."""
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset()
 
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
+    @abstractmethod
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def returns(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> Tensor:
-        """[B, T] before whitening."""
-        raise TypeError(f"{type(self).__name__} is abstract")
+        """What a critic should have said, [B, T]: the undiscounted rewards to go, unless the estimator knows better."""
+        return rewards_to_go(rewards, mask, bootstrap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsToGo(Estimator):
+    """Â_t = Σ_{k ≥ t} γ^{k−t}·r_k: no baseline (Williams 1992; Sutton & Barto 2018, eq. 13.8)."""
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_share(gamma=self.gamma)
 
     def __call__(
         self,
@@ -86,107 +119,153 @@ class Estimator:
         values: Tensor | None = None,
         bootstrap: Tensor | None = None,
     ) -> Tensor:
-        advantages = torch.where(mask, self.raw(rewards, mask, groups, values, bootstrap), 0.0)
-        return whiten(advantages, mask) if self.whiten else advantages
-
-    def returns(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor, bootstrap: Tensor | None = None
-    ) -> Tensor:
-        """The critic's targets A_t + V_t, from advantages that are not whitened. [B, T]."""
-        raw = self.raw(rewards, mask, groups, values, bootstrap)
-        return torch.where(mask, raw + torch.nan_to_num(values), 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardsToGo(Estimator):
-    """A_t = Σ_{k ≥ t} γ^(k-t) r_k (Williams 1992): no baseline."""
-
-    gamma: float = 1.0
-
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
-    ) -> Tensor:
-        return rewards_to_go(rewards, mask, self.gamma, bootstrap)
+        return rewards_to_go(rewards, mask, bootstrap, self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchMean(Estimator):
-    """A_t = G_t - b, b the mean return of the *other* rows of the batch: unbiased, because b does not depend on the
-    row it is taken from. A batch of one has no baseline."""
+    """Â_t = Σ_{k ≥ t} γ^{k−t}·r_k − b,  b = mean over the batch's completions of their return (Williams 1992).
+
+    A completion is part of its own baseline: the expected gradient is (B − 1)/B of the exact one, in its direction.
+    ``whiten``: centre and divide by the std over all tokens of the batch instead (REINFORCE++; Hu 2025).
+    """
 
     gamma: float = 1.0
+    whiten: bool = False
 
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
+    def __post_init__(self) -> None:
+        _check_share(gamma=self.gamma)
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> Tensor:
-        returns = sequence_returns(rewards)
-        rows = len(returns)
-        baseline = (returns.sum() - returns) / (rows - 1) if rows > 1 else torch.zeros_like(returns)
-        return rewards_to_go(rewards, mask, self.gamma, bootstrap) - baseline[:, None]
+        to_go = rewards_to_go(rewards, mask, bootstrap, self.gamma)
+        if self.whiten:
+            return whiten(to_go, mask)
+        first = mask.int().argmax(1, keepdim=True)  # its reward to go is the return of the completion
+        baseline = to_go.gather(1, first)[mask.any(1)].mean()
+        return torch.where(mask, to_go - baseline, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GAE(Estimator):
-    """δ_t = r_t + γ V_{t+1} - V_t; Â_t = δ_t + γ λ Â_{t+1} (Schulman 2016, eq. 16). λ = 1: return minus V; λ = 0: the
-    TD residual. V after the last token is ``bootstrap`` (0 where none is given)."""
+    """Generalised advantage estimation: δ_t = r_t + γV_{t+1} − V_t, Â_t = δ_t + γλÂ_{t+1}  (Schulman 2016, eq. 16).
+
+    λ = 1: Monte-Carlo return minus V; λ = 0: the TD residual. V after the last token is ``bootstrap``. ``whiten``: over
+    the whole batch, mean subtracted; the critic's targets are those before whitening.
+    """
 
     gamma: float = 1.0
     lam: float = 0.95
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        _check_share(gamma=self.gamma, lam=self.lam)
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"critic"})
 
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> Tensor:
-        if values is None:
-            raise ValueError("GAE needs a critic's values")
-        return _gae(rewards, mask, values, self.gamma, self.lam, bootstrap)
+        advantages = self._raw(rewards, mask, values, bootstrap)
+        return whiten(advantages, mask) if self.whiten else advantages
+
+    def returns(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
+    ) -> Tensor:
+        """Â_t + V_t, the λ-return, [B, T]."""
+        advantages = self._raw(rewards, mask, values, bootstrap)
+        return torch.where(mask, advantages + _given(values), 0.0)
+
+    def _raw(self, rewards: Tensor, mask: Tensor, values: Tensor | None, bootstrap: Tensor | None) -> Tensor:
+        return discounted(rewards, mask, _given(values), bootstrap, self.gamma, self.lam)
+
+
+def _given(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError("GAE needs the critic's values, and they are None")
+    return values.detach()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO(Estimator):
-    """A_i = r_i - mean of the other r_j of its group = K / (K - 1) · (r_i - mean) (Kool 2019; Ahmadian 2024, eq. 6).
-    A group of one has no baseline to leave out, and gets 0."""
+    """Â = R_i − mean of the other returns of its group = K/(K−1)·(R_i − mean)  (Kool 2019; Ahmadian 2024, eq. 8).
 
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
+    R_i: the return of the whole completion, the same on all of its tokens. In a group of one there is no other
+    completion and so no baseline: its advantage is 0, and the caller counts it.
+    """
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> Tensor:
-        returns = sequence_returns(rewards)
-        total, size, _ = _group_sums(returns, groups)
-        advantage = torch.where(size > 1, returns - (total - returns) / (size - 1).clamp(min=1), 0.0)
-        return advantage[:, None].expand(mask.shape)
+        returns = rewards.sum(1)
+        sums, sizes, _ = _group_sums(returns, groups)
+        others = (sums - returns) / (sizes - 1).clamp(min=1)
+        advantages = torch.where(sizes > 1, returns - others, 0.0)
+        return torch.where(mask, advantages[:, None], 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupNormalised(Estimator):
-    """A_i = (r_i - mean) / (std + ε) over its group (GRPO; Shao 2024, §4.1.2); std with Bessel's correction.
+    """Â = (R_i − mean of its group) / (std of its group + eps)  (Shao 2024, section 4.1.2).
 
-    ``divide_by_std=False`` leaves the std out (Dr. GRPO; Liu 2025), which makes the gradient unbiased up to the factor
-    (K - 1) / K. A group whose rewards are all equal, or of one, gets 0.
+    ``std`` False: the centred return alone (Liu 2025, Dr. GRPO), unbiased up to the factor (K − 1)/K. True: each
+    prompt is weighted by 1/std, which is no longer the gradient of the mean reward. ``unbiased``: the std divides by
+    K − 1 (as torch.std), else by K. A group whose returns are all equal, or that holds one completion, has advantage 0.
     """
 
-    divide_by_std: bool = True
-    epsilon: float = 1e-4
+    std: bool = True
+    unbiased: bool = True
+    eps: float = 1e-4
 
-    def raw(
-        self, rewards: Tensor, mask: Tensor, groups: Tensor, values: Tensor | None, bootstrap: Tensor | None
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {self.eps}")
+        if not self.std and (not self.unbiased or self.eps != GroupNormalised.eps):
+            raise ValueError("unbiased and eps belong to the std, which is off: leave them out")
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        groups: Tensor,
+        values: Tensor | None = None,
+        bootstrap: Tensor | None = None,
     ) -> Tensor:
-        returns = sequence_returns(rewards)
-        total, size, index = _group_sums(returns, groups)
-        centred = returns - total / size
-        if self.divide_by_std:
-            squares = torch.zeros(int(index.max()) + 1, dtype=returns.dtype, device=returns.device)
-            squares = squares.index_add_(0, index, centred**2)[index]
-            std = (squares / (size - 1).clamp(min=1)).sqrt()
-            # Equal rewards may differ by rounding of their mean; that is no signal to be divided by itself.
-            equal = std <= 1e-6 * returns.abs().clamp(min=1e-30)
-            centred = torch.where(equal, 0.0, centred / (std + self.epsilon))
-        return centred[:, None].expand(mask.shape)
+        returns = rewards.sum(1)
+        sums, sizes, group_of = _group_sums(returns, groups)
+        centred = returns - sums / sizes
+        if self.std:
+            squares, _, _ = _group_sums(centred.square(), groups)
+            centred = centred / ((squares / (sizes - int(self.unbiased)).clamp(min=1)).sqrt() + self.eps)
+        # Rounding leaves a hair between equal returns and their mean, which a small eps would blow up: compare instead.
+        varied = _group_range(returns, group_of) > 0
+        return torch.where(mask & varied[:, None], centred[:, None], 0.0)
 
 
-ADVANTAGES = {
+ADVANTAGES: dict[str, type] = {
     "rewards_to_go": RewardsToGo,
     "batch_mean": BatchMean,
     "gae": GAE,

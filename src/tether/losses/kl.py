@@ -26,7 +26,10 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """r − 1 − log r, nats per token. r − 1 through expm1: in float32 the naive form is off threefold at |log r| = 1e-4."""
+    """r − 1 − log r, nats per token.
+
+    r − 1 through expm1: in float32 the naive form is off threefold at |log r| = 1e-4.
+    """
     log_r = ref_logprobs - logprobs
     return torch.expm1(log_r) - log_r
 

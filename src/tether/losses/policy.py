@@ -56,7 +56,9 @@ class PolicyLoss(TokenLoss):
         return frozenset(name for name, weight in parts.items() if weight)
 
     @abstractmethod
-    def surrogate(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+    def surrogate(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Metrics]:
         """The policy's loss per token, and metrics of its own. All [B, T], 0 where ``mask`` is False."""
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossOutput:
@@ -104,7 +106,9 @@ class PolicyGradient(PolicyLoss):
     Its gradient is that of the expected return on the first update after a rollout only: one update per rollout.
     """
 
-    def surrogate(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+    def surrogate(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Metrics]:
         return -advantages * logprobs, {}
 
 
@@ -112,9 +116,9 @@ class PolicyGradient(PolicyLoss):
 class PPOClip(PolicyLoss):
     """L = −min(ρ_t·A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high)·A_t),  ρ_t = π/π_old  (Schulman 2017, eq. 7).
 
-    clip_low ≠ clip_high: the asymmetric clip of DAPO (Yu 2025, eq. 10).
-    Metrics beside the family's: ``policy/clip_low``, ``policy/clip_high``: share of tokens whose ratio left the range on
-    that side in the direction the advantage pushes, so that they give no gradient.
+    clip_low ≠ clip_high: the asymmetric clip of DAPO (Yu 2025, section 3.1).
+    Metrics beside the family's: ``policy/clip_low``, ``policy/clip_high``: share of tokens whose ratio left the range
+    on that side in the direction the advantage pushes, so that they give no gradient.
     """
 
     clip_low: float = 0.2
@@ -125,7 +129,9 @@ class PPOClip(PolicyLoss):
         check_range(clip_low=self.clip_low, high=1.0)
         check_range(clip_high=self.clip_high)
 
-    def surrogate(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Metrics]:
+    def surrogate(
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Metrics]:
         ratio = torch.exp(logprobs - old_logprobs)
         low, high = 1 - self.clip_low, 1 + self.clip_high
         per_token = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)

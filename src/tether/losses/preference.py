@@ -90,8 +90,8 @@ class DPO(PairLoss):
 
     ε = 0: DPO (Rafailov 2023, eq. 7). ε > 0: ``label_smoothing``, conservative DPO (cDPO; Mitchell 2023): a share ε of
     the labels is taken to be flipped. It is not robust DPO, which divides by 1 − 2ε and subtracts the second term.
-    ``beta``: the KL-regularised problem's temperature; larger holds closer to the reference. ``reference_free``: π_ref is
-    taken as uniform, so h is the plain difference of log-probs.
+    ``beta``: the KL-regularised problem's temperature; larger holds closer to the reference. ``reference_free``: π_ref
+    is taken as uniform, so h is the plain difference of log-probs.
     Implied reward: β·(log π − log π_ref).
     """
 

@@ -19,7 +19,7 @@ class BradleyTerry:
     """L = −log σ(r_w − r_l − m) + c·(r_w + r_l)², averaged over pairs (Bradley & Terry 1952; Ouyang 2022, eq. 1).
 
     Reads ``outputs.scores`` [B]. m: ``batch.margin`` [B/2] where the pairs carry one and ``margin`` is "use"
-    (Touvron 2023, eq. 2), else 0. c: ``center``, which pins the mean score to 0 (Eisenstein 2023, eq. 5): differences
+    (Touvron 2023, eq. 2), else 0. c: ``center``, which pins the mean score to 0 (Eisenstein 2023): differences
     alone leave it free.
 
     Metrics: ``accuracy`` (share of pairs with r_w > r_l; ties are wrong), ``margin`` (mean r_w − r_l),
