@@ -1,7 +1,7 @@
 """Rewards to advantages: how much better a token, or a completion, did than was to be expected.
 
-Shared contract: ``rewards`` [B, T] per token, 0 on padded slots (the score on the last present token; a KL penalty per
-token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers, equal for
+Shared contract: ``rewards`` [B, T] per token, 0 or NaN on padded slots (the score on the last present token; a KL penalty
+per token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers, equal for
 completions of one prompt; ``values`` [B, T] the critic before each token; ``bootstrap`` [B] its value after the last
 one, 0 (the default) where the completion ended. Result [B, T], 0 where ``mask`` is False, never with a gradient.
 
@@ -26,10 +26,16 @@ def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return torch.where(mask, (advantages - kept.mean()) / (kept.std(correction=0) + eps), 0.0)
 
 
+def _read(rewards: Tensor, mask: Tensor) -> Tensor:
+    """``rewards`` with garbage on padded slots read as 0; a NaN on a chosen token stays, and is heard of."""
+    return torch.where(mask | rewards.isfinite(), rewards, 0.0)
+
+
 def discounted(
     rewards: Tensor, mask: Tensor, values: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
 ) -> Tensor:
     """δ_t = r_t + γV_{t+1} − V_t,  Â_t = δ_t + γλ·Â_{t+1}  (Schulman 2016, eq. 16), over the chosen tokens. [B, T]."""
+    rewards = _read(rewards, mask)
     out = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap.to(rewards)
     next_advantage = torch.zeros_like(next_value)
@@ -51,7 +57,7 @@ def rewards_to_go(rewards: Tensor, mask: Tensor, bootstrap: Tensor | None = None
 
 
 def _group_sums(returns: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """returns [B], groups [B] -> for each row the sum [B] and size [B] of its group, and which one it is [B] (0, 1, ...)."""
+    """returns, groups -> for each row the sum of its group, its size, and which one it is (0, 1, ...); all [B]."""
     _, group_of, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(sizes), dtype=returns.dtype, device=returns.device).index_add(0, group_of, returns)
     return sums[group_of], sizes[group_of], group_of
@@ -68,8 +74,8 @@ def _group_range(returns: Tensor, group_of: Tensor) -> Tensor:
 
 def _check_share(**numbers: float) -> None:
     for name, value in numbers.items():
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +226,7 @@ class RLOO(Estimator):
         values: Tensor | None = None,
         bootstrap: Tensor | None = None,
     ) -> Tensor:
-        returns = rewards.sum(1)
+        returns = _read(rewards, mask).sum(1)
         sums, sizes, _ = _group_sums(returns, groups)
         others = (sums - returns) / (sizes - 1).clamp(min=1)
         advantages = torch.where(sizes > 1, returns - others, 0.0)
@@ -254,7 +260,7 @@ class GroupNormalised(Estimator):
         values: Tensor | None = None,
         bootstrap: Tensor | None = None,
     ) -> Tensor:
-        returns = rewards.sum(1)
+        returns = _read(rewards, mask).sum(1)
         sums, sizes, group_of = _group_sums(returns, groups)
         centred = returns - sums / sizes
         if self.std:

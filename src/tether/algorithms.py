@@ -12,6 +12,7 @@ from typing import Any
 from tether.advantages import GAE, RLOO, BatchMean, Estimator, GroupNormalised
 from tether.core.errors import UserError
 from tether.core.protocols import Loss
+from tether.losses.average import check_range
 from tether.losses.policy import PolicyGradient, PPOClip
 
 
@@ -38,8 +39,7 @@ class Algorithm:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not self.kl_in_reward >= 0:
-            raise ValueError(f"kl_in_reward must be >= 0, got {self.kl_in_reward}")
+        check_range(kl_in_reward=self.kl_in_reward)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -47,7 +47,7 @@ Metrics = dict[str, Metric]
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> Mean:
-    """Mean over the slots where ``mask`` is True; the others are never read. ``values`` and ``mask``: the same shape."""
+    """Mean over the slots where ``mask`` is True; the others are never read. Both: the same shape."""
     return Mean(values.detach().masked_fill(~mask, 0.0).sum(), float(mask.sum()))
 
 

@@ -6,6 +6,7 @@ whatever the division into micro-batches, Σ totals / Σ counts is the same numb
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -57,10 +58,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_range(low: float = 0.0, high: float = float("inf"), **values: float) -> None:
-    """Raises ValueError for a value outside [low, high]; NaN is outside."""
+    """Raises ValueError for what is no number in [low, high]; NaN is none."""
     for name, value in values.items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            wanted = f"between {low:g} and {high:g}" if math.isfinite(high) else f">= {low:g}"
+            raise ValueError(f"{name} must be a number {wanted}, got {value!r}")
 
 
 def where_kept(values: Tensor, mask: Tensor) -> Tensor:

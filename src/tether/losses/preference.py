@@ -101,6 +101,8 @@ class DPO(PairLoss):
 
     def __post_init__(self) -> None:
         check_range(beta=self.beta)
+        if self.beta == 0:
+            raise ValueError("beta must be > 0: with 0 no pair costs more than another")
         check_range(label_smoothing=self.label_smoothing, high=0.5)
 
     @property
