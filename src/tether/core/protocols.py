@@ -87,9 +87,7 @@ class Sampler(Protocol):
     Deterministic per (seed, prompt id, sample index), whatever shares the batch.
     """
 
-    def sample(
-        self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int
-    ) -> list[Rollout]: ...
+    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]: ...
 
 
 class Learner(Protocol):

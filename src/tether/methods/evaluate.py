@@ -82,11 +82,21 @@ def _write(path: Path, ours: list[Rollout], theirs: list[Rollout], reward: Rewar
     their_scores = reward(theirs).total.tolist() if theirs else []
     with path.open("w", encoding="utf-8") as file:
         for i, rollout in enumerate(ours):
-            row = {"id": rollout.prompt.id, "question": rollout.prompt.question, "ours": rollout.text, "our_score": our_scores[i]}
+            row = {
+                "id": rollout.prompt.id,
+                "question": rollout.prompt.question,
+                "ours": rollout.text,
+                "our_score": our_scores[i],
+            }
             if theirs:
                 row |= {"baseline": theirs[i].text, "baseline_score": their_scores[i]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if result is not None:
-            summary = {"win_rate": result.rate.estimate, "low": result.rate.low, "high": result.rate.high, "n": result.rate.n}
+            summary = {
+                "win_rate": result.rate.estimate,
+                "low": result.rate.low,
+                "high": result.rate.high,
+                "n": result.rate.n,
+            }
             file.write(json.dumps({"summary": summary}) + "\n")
     print(f"written: {path}")

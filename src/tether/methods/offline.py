@@ -36,12 +36,22 @@ class OfflineMethod:
     last_turn_only: bool = False
 
 
-def run(config: OfflineConfig, method: OfflineMethod, *, resume: bool, dry_run: bool, quiet: bool) -> Path:
-    """Train, write the run folder, return its path."""
+def run(
+    config: OfflineConfig,
+    method: OfflineMethod,
+    *,
+    resume: bool,
+    dry_run: bool,
+    quiet: bool,
+    data: parts.Data | None = None,
+) -> Path:
+    """Train, write the run folder, return its path. ``data``: groups that are in memory already, as tokens, instead of
+    the file that the config names."""
     say = parts.speaker(quiet)
     parts.begin(config)
     chat = parts.open_chat(config.model, config.data, say)
-    data = parts.open_data(config.data, method.kind, chat, say, last_turn_only=method.last_turn_only)
+    if data is None:
+        data = parts.open_data(config.data, method.kind, chat, say, last_turn_only=method.last_turn_only)
     batches = OptimizerBatches(data.train, config.prompts_per_step, config.epochs, config.run.seed)
     if dry_run:
         parts.describe_dry_run(config, _schedule(config, batches, data), chat.token_table(data.train[0]))

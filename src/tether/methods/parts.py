@@ -26,7 +26,6 @@ from tether.models.load import (
     clone_frozen,
     fingerprint,
     load_backbone,
-
     load_tokenizer,
     resolve,
     save_policy,
@@ -138,9 +137,7 @@ class Data:
 def open_chat(model: ModelConfig, data: DataConfig, say: Say) -> ChatTokenizer:
     """The chat tokenizer of a run; its preflight findings are said."""
     resolve(model.name, revision=model.revision, say=say)
-    tokenizer = load_tokenizer(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, say=say
-    )
+    tokenizer = load_tokenizer(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, say=say)
     chat = ChatTokenizer(tokenizer, template=data.template, system=data.system)
     for message in chat.preflight():
         say(f"note: {message}")
@@ -178,6 +175,13 @@ def open_data(config: DataConfig, kind: Kind, chat: ChatTokenizer, say: Say, *, 
     if not train:
         raise UserError(f"{config.train}: no rows are left to train on")
     return Data(train=train, held_out=held_out, fingerprint=mark)
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's bytes, as ``read`` gives for the files it reads."""
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _bucket(group: Group) -> int:
@@ -266,5 +270,3 @@ def describe_dry_run(config: MethodConfig, lines: Sequence[str], example: str) -
     for line in lines:
         print(line)
     print(f"\none example, token by token:\n{example}")
-
-

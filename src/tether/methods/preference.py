@@ -17,7 +17,14 @@ from tether.methods.reward import pairs
 from tether.models.roles import Policy, Scorer
 
 
-def run(config: PreferenceConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
+def run(
+    config: PreferenceConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    data: parts.Data | None = None,
+) -> Path:
     """Train the policy on pairs; returns the run folder."""
     loss = build(PREFERENCE, config.loss, "loss")
     say = parts.speaker(quiet)
@@ -37,7 +44,7 @@ def run(config: PreferenceConfig, *, resume: bool = False, dry_run: bool = False
         role=lambda backbone: Policy(backbone=backbone, adapter=parts.adapt(backbone, config.model.lora, "policy")),
         prepare=prepare,
     )
-    return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet)
+    return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet, data=data)
 
 
 def with_reference(logprobs: Callable[[Batch], Tensor]) -> Callable[[Sequence[Group]], Batch]:

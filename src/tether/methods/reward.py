@@ -14,7 +14,14 @@ from tether.losses import REWARD
 from tether.methods import offline, parts
 
 
-def run(config: RewardModelConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
+def run(
+    config: RewardModelConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    data: parts.Data | None = None,
+) -> Path:
     """Train a scalar head (and trunk) on pairs; returns the run folder."""
     method = offline.OfflineMethod(
         name="reward",
@@ -24,7 +31,7 @@ def run(config: RewardModelConfig, *, resume: bool = False, dry_run: bool = Fals
         role=lambda backbone: parts.open_scorer(backbone, config.model.lora, "reward", zero=False),
         prepare=lambda role: pairs,
     )
-    return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet)
+    return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet, data=data)
 
 
 def pairs(groups: Sequence[Group]) -> Batch:

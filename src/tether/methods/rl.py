@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tether.backends.local.sampler import LocalSampler
 from tether.config.build import change, find
 from tether.config.schema import RLConfig
 from tether.core.errors import UserError
+from tether.core.protocols import Reward
 from tether.core.text import Prompt
 from tether.data.chat import ChatTokenizer
 from tether.data.readers import read
@@ -25,8 +26,16 @@ from tether.training import online
 from tether.training.session import Session
 
 
-def run(config: RLConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
-    """Train the policy against the reward; returns the run folder."""
+def run(
+    config: RLConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+    watch: Reward | None = None,
+) -> Path:
+    """Train the policy against the reward; returns the run folder. ``watch``: a second judge whose scores are logged
+    as reward/watched and never trained on."""
     say = parts.speaker(quiet)
     parts.begin(config)
     algorithm = choose_algorithm(config.algorithm, config.overrides)
@@ -70,6 +79,7 @@ def run(config: RLConfig, *, resume: bool = False, dry_run: bool = False, quiet:
             sampler=LocalSampler(policy=policy, chat=chat, policy_version=lambda: learner.step),
             settings=config.sampling.settings(),
             reward=reward,
+            watch=watch,
             reference=reference,
             seed=config.run.seed,
             max_logprob_gap=config.max_logprob_gap,

@@ -53,7 +53,9 @@ def add_adapter(
     try:
         model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
     except ValueError as error:
-        raise UserError(f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets") from error
+        raise UserError(
+            f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets"
+        ) from error
 
 
 def _adapter_names(model: nn.Module) -> set[str]:

@@ -92,7 +92,10 @@ class Backbone:
         sizes = torch.tensor([len(r) for r in rows], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
         states = self.hf.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        predicts = [states[i, len(r) - n - 1 : len(r) - 1] for i, (r, n) in enumerate(zip(rows, batch.lengths.tolist(), strict=True))]
+        predicts = [
+            states[i, len(r) - n - 1 : len(r) - 1]
+            for i, (r, n) in enumerate(zip(rows, batch.lengths.tolist(), strict=True))
+        ]
         return Hidden(predicts=torch.cat(predicts), last=states[torch.arange(len(rows), device=ids.device), sizes - 1])
 
     def head(self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,9 @@ def resolve(name: str, *, revision: str | None = None, say: Say = print) -> str:
             inner = path / "final"
             if (inner / "config.json").exists():
                 return str(inner)
-            raise MissingModel(f"{name}: this folder holds no config.json, so it is not a model\n  a run's model is in RUN/final")
+            raise MissingModel(
+                f"{name}: this folder holds no config.json, so it is not a model\n  a run's model is in RUN/final"
+            )
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise MissingModel(f"{name}: no such folder")
@@ -51,10 +53,14 @@ def _from_hub(name: str, revision: str | None, say: Say) -> str:
         return snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns)
     hint = nearest(name, list(EMBEDDED))
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        raise MissingModel(f"{name}: not on this machine, and HF_HUB_OFFLINE is set{hint}\n  fetch it where there is a network: {fetch}")
+        raise MissingModel(
+            f"{name}: not on this machine, and HF_HUB_OFFLINE is set{hint}\n  fetch it where there is a network: {fetch}"
+        )
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).netloc
     try:
-        socket.create_connection((host.split(":")[0], int(host.split(":")[1]) if ":" in host else 443), timeout=3).close()
+        socket.create_connection(
+            (host.split(":")[0], int(host.split(":")[1]) if ":" in host else 443), timeout=3
+        ).close()
     except OSError as error:
         raise MissingModel(
             f"{name}: not on this machine, and the hub at {host} can't be reached ({error}){hint}\n"
@@ -94,12 +100,14 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         except (OSError, ValueError) as error:
             raise UserError(f"{name}: its tokenizer can't be opened: {error}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"{name}: only a slow tokenizer; loss masks need character offsets, so a tokenizer.json is needed")
+        raise UserError(
+            f"{name}: only a slow tokenizer; loss masks need character offsets, so a tokenizer.json is needed"
+        )
     return tokenizer
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" is the first GPU, else the CPU."""
+    """ "auto" is the first GPU, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -142,7 +150,9 @@ def load_backbone(
             raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors") from error
     hf.to(pick_device(device)).eval()
     hf.requires_grad_(False)
-    backbone = Backbone(hf=hf, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed")
+    backbone = Backbone(
+        hf=hf, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
+    )
     backbone.self_test(say)
     if attention_layout == "packed" and backbone.mode == "padded":
         raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
@@ -178,7 +188,9 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
     state = {k: v for k, v in merged_state(hf, scorer.adapter).items() if k.startswith(prefix)}
     config = copy.deepcopy(hf.config)
     config.num_labels = 1
-    config.pad_token_id = config.pad_token_id if config.pad_token_id is not None else scorer.backbone.tokenizer.eos_token_id
+    config.pad_token_id = (
+        config.pad_token_id if config.pad_token_id is not None else scorer.backbone.tokenizer.eos_token_id
+    )
     state["score.weight"] = scorer.head.weight.detach().to(scorer.backbone.dtype)
     _write(AutoModelForSequenceClassification, config, state, scorer.backbone, folder)
 

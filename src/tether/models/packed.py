@@ -127,7 +127,9 @@ def pack(batch: Batch) -> PackedRow:
         sizes = []
         for row in rows:
             c = lengths[row]
-            predicts[row] = torch.cat([torch.tensor([prompt_end]), torch.arange(at, at + c - 1)]) if c else predicts[row]
+            predicts[row] = (
+                torch.cat([torch.tensor([prompt_end]), torch.arange(at, at + c - 1)]) if c else predicts[row]
+            )
             last[row] = at + c - 1 if c else prompt_end
             if c == 0:
                 continue

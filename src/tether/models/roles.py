@@ -38,9 +38,7 @@ class Policy:
         logprobs, entropies = self.backbone.head(
             hidden.predicts, batch.tokens[batch.present], temperature=self.temperature, entropy=entropy
         )
-        return Outputs(
-            logprobs=_per_token(logprobs, batch), entropy=_per_token(entropies, batch) if entropy else None
-        )
+        return Outputs(logprobs=_per_token(logprobs, batch), entropy=_per_token(entropies, batch) if entropy else None)
 
     def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
         return self.read(self.backbone.hidden(batch, self.adapter), batch, entropy=entropy)

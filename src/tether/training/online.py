@@ -19,6 +19,9 @@ from tether.core.protocols import Reward, Sampler, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout
 from tether.training.session import Session
 
+# Rollouts of a step that the watching judge sees: enough for a curve, few enough to cost little.
+WATCHED = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineJob:
@@ -31,13 +34,17 @@ class OnlineJob:
     sampler: Sampler
     settings: SamplingSettings
     reward: Reward
+    # A second judge, logged beside the reward and never trained on; it sees the first rollouts of a step only.
+    watch: Reward | None
     reference: Callable[[Batch], Tensor] | None
     seed: int
     max_logprob_gap: float
     skip_failed_rewards: bool = False
 
 
-def train(session: Session, job: OnlineJob, evaluate: Callable[[], dict[str, float]] | None = None, eval_every: int = 0) -> None:
+def train(
+    session: Session, job: OnlineJob, evaluate: Callable[[], dict[str, float]] | None = None, eval_every: int = 0
+) -> None:
     """Run ``job`` for ``session.total_steps`` steps. Fails before the first rollout where a part is missing."""
     if "reference" in job.algorithm.needs and job.reference is None:
         raise UserError(f"{job.algorithm.name} holds the policy to a reference (KL), but none was given")
@@ -147,6 +154,10 @@ class _Loop:
             metrics["value/explained_variance"] = Mean(explained_variance(batch.values, batch.returns, mask), 1)
         for name, part in scores.parts.items():
             metrics[f"reward/{name}"] = Mean(part.sum(), size)
+        if self.job.watch is not None:
+            with self.session.split("watch"):
+                watched = self.job.watch(rollouts[:WATCHED]).total
+            metrics["reward/watched"] = Mean(watched.sum(), len(watched))
         return metrics
 
     def _check(self, metrics: Metrics, step: int) -> None:

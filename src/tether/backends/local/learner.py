@@ -77,12 +77,12 @@ class LocalLearner:
             part = batch.select(rows)
             output = loss(self.role(part, entropy="entropy" in loss.needs), part)
             total = output.loss.total
-            if not math.isfinite(float(total)):
+            if not math.isfinite(float(total.detach())):
                 self._nonfinite_loss = True
                 continue
             (total * (weight / count)).backward()
             self.tokens_seen += packed_tokens(part)
-            parts.append({"loss": Mean(float(total), output.loss.count), **output.metrics})
+            parts.append({"loss": Mean(float(total.detach()), output.loss.count), **output.metrics})
         return merge(parts)
 
     def optim_step(self) -> dict[str, float]:
@@ -139,7 +139,11 @@ class LocalLearner:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight.{name}"])
-                state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
+                state = {
+                    key: tensors[f"{key}.{name}"]
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in tensors
+                }
                 if state:
                     self.optimizer.state[parameter] = state
         for key, value in json.loads((folder / "learner.json").read_text()).items():
@@ -161,10 +165,11 @@ def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: 
                 out[row] = value
         return torch.stack(out) if name == "scores" else pad_rows(out, width)
 
-    return Outputs(logprobs=gather("logprobs"), entropy=gather("entropy"), values=gather("values"), scores=gather("scores"))
+    return Outputs(
+        logprobs=gather("logprobs"), entropy=gather("entropy"), values=gather("values"), scores=gather("scores")
+    )
 
 
 def packed_tokens(batch: Batch) -> int:
     """Useful tokens: every prompt once and every completion."""
     return sum(len(p) for p in batch.prompts) + int(batch.lengths.sum())
-
