@@ -1,7 +1,7 @@
 """Rewards to advantages: how much better a token, or a completion, did than was to be expected.
 
-Shared contract: ``rewards`` [B, T] per token, 0 or NaN on padded slots (the score on the last present token; a KL penalty
-per token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers, equal for
+Shared contract: ``rewards`` [B, T] per token, 0 or NaN on padded slots (the score on the last present token; a KL
+penalty per token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers, equal for
 completions of one prompt; ``values`` [B, T] the critic before each token; ``bootstrap`` [B] its value after the last
 one, 0 (the default) where the completion ended. Result [B, T], 0 where ``mask`` is False, never with a gradient.
 
@@ -19,16 +19,19 @@ from torch import Tensor
 
 
 def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """(A − mean) / (std + eps) over all masked slots of the batch; population std. The mean is not added back."""
+    """(A − mean) / (std + eps) over all masked slots of the batch; population std. The mean is not added back.
+
+    Advantages that are all equal become 0, not rounding noise over eps.
+    """
     kept = advantages[mask]
-    if not len(kept):
+    if not len(kept) or bool(kept.max() == kept.min()):
         return torch.zeros_like(advantages)
     return torch.where(mask, (advantages - kept.mean()) / (kept.std(correction=0) + eps), 0.0)
 
 
 def _read(rewards: Tensor, mask: Tensor) -> Tensor:
     """``rewards`` with garbage on padded slots read as 0; a NaN on a chosen token stays, and is heard of."""
-    return torch.where(mask | rewards.isfinite(), rewards, 0.0)
+    return torch.where(mask | rewards.isfinite(), rewards.detach(), 0.0)
 
 
 def discounted(

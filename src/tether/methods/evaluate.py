@@ -44,7 +44,8 @@ def run(
     texts = [r.text for r in ours]
     mean = mean_interval(scores)
     print(
-        f"{model}: mean score {mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}] by {judge}, over {len(ours)} prompts; "
+        f"{model}: mean score {mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}] by {judge}, "
+        f"over {len(ours)} prompts; "
         f"{sum(len(r.tokens) for r in ours) / len(ours):.1f} tokens, "
         f"{100 * sum(r.finish_reason == 'length' for r in ours) / len(ours):.0f} % cut, "
         f"distinct-2 {distinct_n(texts):.2f}, unique {100 * unique_share(texts):.0f} %"

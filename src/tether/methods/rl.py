@@ -131,8 +131,9 @@ def check_sampling(config: RLConfig) -> None:
         raise UserError("sampling.temperature=0 draws nothing to learn from; use a temperature above 0")
     if sampling.top_p < 1 or sampling.top_k > 0:
         raise UserError(
-            "sampling.top_p and sampling.top_k cut the tail of the distribution, and the learner scores the whole of it: "
-            "the log-probs would not be those of the sampled distribution\n  use sampling.temperature alone in training"
+            "sampling.top_p and sampling.top_k cut the tail of the distribution, and the learner scores the whole of "
+            "it: the log-probs would not be those of the sampled distribution\n"
+            "  use sampling.temperature alone in training"
         )
 
 
@@ -144,7 +145,8 @@ def open_prompts(config: RLConfig, chat: ChatTokenizer, say: parts.Say) -> tuple
     too_long = len(rows.records) - len(kept)
     if too_long and overlong != "drop":
         raise UserError(
-            f"{config.data.train}: {too_long} prompts have more than data.max_prompt_tokens={limit} tokens (up to {max(sizes)})\n"
+            f"{config.data.train}: {too_long} prompts have more than data.max_prompt_tokens={limit} tokens "
+            f"(up to {max(sizes)})\n"
             "  raise the limit, or leave them out with data.overlong=drop; a prompt is never cut before it is answered"
         )
     counts = {f"prompt over data.max_prompt_tokens={limit}": too_long} if too_long else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from tether.core.errors import UserError
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
@@ -24,7 +25,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def add_adapter(
-    model: nn.Module,
+    model: Any,
     name: str,
     *,
     rank: int,
@@ -36,30 +37,29 @@ def add_adapter(
     """Put a fresh adapter on every linear layer of the trunk (or on ``targets``); it starts as the identity."""
     from peft import LoraConfig
 
-    trunk = model.base_model
-    linear = {n.rsplit(".", 1)[-1] for n, m in trunk.named_modules() if isinstance(m, nn.Linear)}
-    linear |= {
-        n.rsplit(".", 2)[-2] for n, m in trunk.named_modules() if n.endswith("base_layer") and isinstance(m, nn.Linear)
-    }
-    linear -= {"base_layer", "default"} | {n for n in linear if n.startswith("lora_")}
-    chosen = list(targets) or sorted(linear - {"lm_head", "score"} - set(_adapter_names(model)))
     layers = None
     if last_layers is not None:
         total = int(model.config.num_hidden_layers)
         layers = list(range(max(0, total - last_layers), total))
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, layers_to_transform=layers
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(targets) or _linear_names(model.base_model),
+        layers_to_transform=layers,
     )
     try:
-        model.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        model.add_adapter(config, adapter_name=name)
     except ValueError as error:
         raise UserError(
             f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets"
         ) from error
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
-    return {name for _, layer in _layers(model) for name in layer.lora_A}  # type: ignore[attr-defined]
+def _linear_names(trunk: nn.Module) -> list[str]:
+    """The last parts of the names of the trunk's linear layers, those under other adapters included."""
+    paths = [n.removesuffix(".base_layer") for n, m in trunk.named_modules() if isinstance(m, nn.Linear)]
+    return sorted({path.rsplit(".", 1)[-1] for path in paths if ".lora_" not in path})
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -75,21 +75,21 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
     that steer the forward are set here directly and put back afterwards.
     """
     layers = [layer for _, layer in _layers(model)]
-    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]  # type: ignore[attr-defined]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
-        layer._disable_adapters = name is None  # type: ignore[attr-defined]
+        layer._disable_adapters = name is None
         if name is not None:
-            layer._active_adapter = [name]  # type: ignore[attr-defined]
+            layer._active_adapter = [name]
     try:
         yield
     finally:
         for layer, (disabled, names) in zip(layers, before, strict=True):
-            layer._disable_adapters, layer._active_adapter = disabled, names  # type: ignore[attr-defined]
+            layer._disable_adapters, layer._active_adapter = disabled, names
 
 
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     """The plain model's state with adapter ``name`` folded in: W + (alpha / rank) · B A. The model is not changed."""
-    deltas = {n: layer.get_delta_weight(name) for n, layer in _layers(model) if name in layer.lora_A} if name else {}  # type: ignore[attr-defined,operator]
+    deltas = {n: layer.get_delta_weight(name) for n, layer in _layers(model) if name in layer.lora_A} if name else {}
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if ".lora_" in key:

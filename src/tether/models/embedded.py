@@ -76,6 +76,6 @@ def _convert(gguf: Path, out: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(mark, None)
-    model.is_quantized = False
+    setattr(model, "is_quantized", False)  # noqa: B010 - nn.Module types its attributes as modules
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

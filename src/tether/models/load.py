@@ -1,4 +1,4 @@
-"""Open and save models. Names: an embedded model, a local folder, or a hub id; saves are normal Hugging Face folders."""
+"""Open and save models, by embedded name, local folder or hub id; saves are normal Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def _from_hub(name: str, revision: str | None, say: Say) -> str:
     hint = nearest(name, list(EMBEDDED))
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
         raise MissingModel(
-            f"{name}: not on this machine, and HF_HUB_OFFLINE is set{hint}\n  fetch it where there is a network: {fetch}"
+            f"{name}: not on this machine, and HF_HUB_OFFLINE is set{hint}\n"
+            f"  fetch it where there is a network: {fetch}"
         )
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).netloc
     try:
@@ -148,7 +149,8 @@ def load_backbone(
             attention_layout = "padded"
         except OSError as error:
             raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors") from error
-    hf.to(pick_device(device)).eval()
+    network: Any = hf
+    network.to(pick_device(device)).eval()
     hf.requires_grad_(False)
     backbone = Backbone(
         hf=hf, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"

@@ -109,5 +109,5 @@ def token_logprobs(
     ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) float32, nats. Entropies are zeros where they
     were not asked for.
     """
-    # Before a soft cap the scale would not commute; families that cap (Gemma) don't scale, families that scale don't cap.
+    # Scale and soft cap don't commute; but families that cap (Gemma) don't scale, and those that scale don't cap.
     return _TokenLogProbs.apply(hidden, weight, bias, targets, logit_scale / temperature, softcap, entropy)  # type: ignore[return-value]

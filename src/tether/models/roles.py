@@ -55,7 +55,7 @@ class Scorer:
     adapter: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        own = {"score.weight": self.head.weight}
+        own: dict[str, nn.Parameter] = {"score.weight": self.head.weight}  # type: ignore[dict-item]
         if self.adapter is not None:
             return {**adapter_parameters(self.backbone.hf, self.adapter), **own}
         trunk = self.backbone.hf.base_model
@@ -101,7 +101,7 @@ Role = Policy | Scorer | ActorCritic
 
 
 def new_head(backbone: Backbone, *, zero: bool) -> nn.Linear:
-    """A scalar head for ``backbone``. ``zero``: start at 0 everywhere (a critic); else small random (a reward model)."""
+    """A scalar head for ``backbone``: 0 everywhere (``zero``, a critic) or small random numbers (a reward model)."""
     size = backbone.config.hidden_size
     head = nn.Linear(size, 1, bias=False, device=backbone.device, dtype=torch.float32)
     with torch.no_grad():

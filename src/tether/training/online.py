@@ -85,7 +85,8 @@ class _Loop:
             first = rollouts[int((~usable).nonzero()[0])]
             raise RewardFailure(
                 f"{int((~usable).sum())} of {len(rollouts)} rollouts got no finite reward; the first is of prompt "
-                f"{first.prompt.id}: {first.text[:120]!r}\n  mend the reward, or leave such rollouts out with on_reward_failure=skip"
+                f"{first.prompt.id}: {first.text[:120]!r}\n"
+                "  mend the reward, or leave such rollouts out with on_reward_failure=skip"
             )
         kept = [r for r, ok in zip(rollouts, usable.tolist(), strict=True) if ok]
         parts = {name: part[usable] for name, part in scores.parts.items()}
@@ -166,7 +167,8 @@ class _Loop:
         if gap > self.job.max_logprob_gap:
             raise NumericStop(
                 f"step {step}: log-probs of sampler and learner differ by {gap:.3g} nats a token on average "
-                f"(limit max_logprob_gap={self.job.max_logprob_gap})\n  sampled and trained distribution are not the same"
+                f"(limit max_logprob_gap={self.job.max_logprob_gap})\n"
+                "  sampled and trained distribution are not the same"
             )
         if step == 1 and "kl/reference" in metrics and abs(metrics["kl/reference_per_token"].value()) > 1e-3:
             self.session.progress.note(

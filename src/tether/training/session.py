@@ -73,7 +73,8 @@ class Session:
                             self._checkpoint(step)
                         if self._stop.is_set() and not last:
                             raise Interrupted(
-                                f"stopped after step {step} of {self.total_steps}, saved\n  go on: the same command with --resume"
+                                f"stopped after step {step} of {self.total_steps}, saved\n"
+                                "  go on: the same command with --resume"
                             )
                 with self.split("save"):
                     self.save_model(self.folder.final)

@@ -32,7 +32,7 @@ def log_distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw: the first token whose cumulative probability exceeds u. logprobs [W, V], uniforms [W] -> [W]."""
+    """Inverse-CDF draw: the first token whose cumulative probability exceeds u. [W, V], [W] -> [W] int64."""
     probs = logprobs.exp()
     cumulative = probs.cumsum(dim=-1)
     # Rounding may leave the total a little off 1; scaling u by it makes every u land on a token of positive mass.

@@ -76,7 +76,7 @@ class LocalLearner:
         for rows in micro_batches(batch, self.tokens_per_micro_batch):
             part = batch.select(rows)
             output = loss(self.role(part, entropy="entropy" in loss.needs), part)
-            total = output.loss.total
+            total = torch.as_tensor(output.loss.total)
             if not math.isfinite(float(total.detach())):
                 self._nonfinite_loss = True
                 continue
@@ -97,7 +97,8 @@ class LocalLearner:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             if norm > self.settings.clip_norm:
-                torch._foreach_mul_(grads, self.settings.clip_norm / (norm + 1e-6))
+                for grad in grads:
+                    grad.mul_(self.settings.clip_norm / (norm + 1e-6))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

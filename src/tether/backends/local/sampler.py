@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,18 +13,9 @@ from tether.backends.local.cache import DecodeLayout, PrefillLayout
 from tether.backends.local.draw import draw, log_distribution, uniforms
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
+from tether.data.chat import ChatTokenizer
 from tether.models.adapters import active
 from tether.models.roles import Policy
-
-
-class Chat(Protocol):
-    """What the sampler asks of the chat tokenizer."""
-
-    stop_ids: frozenset[int]
-
-    def prompt(self, prompt: Prompt) -> Tensor: ...
-
-    def decode(self, tokens: Tensor) -> str: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,7 +37,7 @@ class LocalSampler:
     """Draws completions under ``policy``; ``width`` rows decode at once."""
 
     policy: Policy
-    chat: Chat
+    chat: ChatTokenizer
     width: int = 64
     policy_version: Callable[[], int] = lambda: 0
 

@@ -73,7 +73,8 @@ def _verdict(policy: Policy) -> str:
     r = policy.win_rate
     return (
         f"{policy.name} beats the start on {100 * r.estimate:.0f} % of held-out comparisons by the gold score "
-        f"(95 % interval {100 * r.low:.0f} to {100 * r.high:.0f} %), at {policy.kl:.1f} ± {policy.kl_error:.1f} nats of KL."
+        f"(95 % interval {100 * r.low:.0f} to {100 * r.high:.0f} %), "
+        f"at {policy.kl:.1f} ± {policy.kl_error:.1f} nats of KL."
     )
 
 
