@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from tether.core.batches import Batch, Outputs, PreferenceBatch
 from tether.core.metrics import Mean
@@ -114,8 +114,7 @@ class DPO(PairLoss):
 
     def per_pair(self, chosen: Side, rejected: Side) -> Tensor:
         logit = self.beta * (chosen.log_ratios - rejected.log_ratios)
-        # −log σ(x) = softplus(−x)
-        loss = softplus(-logit)
+        loss = -logsigmoid(logit)
         if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * softplus(logit)
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * logsigmoid(-logit)
         return loss

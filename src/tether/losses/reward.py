@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from tether.core.batches import Batch, Outputs, PreferenceBatch
 from tether.core.metrics import Mean
@@ -45,8 +45,8 @@ class BradleyTerry:
         chosen, rejected = sides(given(outputs.scores, "outputs.scores", self))
         difference = chosen - rejected
         wanted = batch.margin if batch.margin is not None and self.margin == "use" else 0.0
-        # −log σ(x) = softplus(−x): no overflow at either end.
-        per_pair = softplus(wanted - difference)
+        # No overflow at either end, and exact past 20, where softplus becomes linear.
+        per_pair = -logsigmoid(difference - wanted)
         if self.center:
             per_pair = per_pair + self.center * (chosen + rejected).square()
         return LossOutput(

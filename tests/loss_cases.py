@@ -1,0 +1,115 @@
+"""Every loss of the tables with every average, and random float64 batches to put through them."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tether.core.batches import Batch, Outputs, PolicyBatch, PreferenceBatch, pad_rows
+from tether.core.protocols import Loss
+from tether.losses import DPO, BradleyTerry, CrossEntropy, PolicyGradient, PPOClip, ValueLoss
+
+LENGTHS = (5, 1, 7, 3, 2, 6, 4, 4, 1, 7, 5, 2, 3, 6, 1, 4)
+AVERAGES = ({"average": "token"}, {"average": "sequence"}, {"average": "fixed_length", "fixed_length": 8})
+PARTS = {"value_weight": 0.5, "value_clip": 0.3, "entropy_weight": 0.1}
+
+PER_PAIR: dict[str, Loss] = {
+    "bradley_terry": BradleyTerry(),
+    "bradley_terry-center": BradleyTerry(center=0.2),
+    "bradley_terry-no-margin": BradleyTerry(margin="ignore"),
+    "dpo": DPO(beta=0.3),
+    "dpo-smoothed": DPO(beta=0.3, label_smoothing=0.2),
+    "dpo-free": DPO(beta=0.3, reference_free=True),
+}
+PER_TOKEN: dict[str, tuple[type, dict]] = {
+    "cross_entropy": (CrossEntropy, {}),
+    "value": (ValueLoss, {}),
+    "value-clip": (ValueLoss, {"clip": 0.3}),
+    "policy_gradient": (PolicyGradient, {}),
+    "policy_gradient-critic": (PolicyGradient, {"value_weight": 0.7}),
+    "ppo_clip": (PPOClip, {"clip_low": 0.1, "clip_high": 0.3}),
+    "ppo_clip-k2": (PPOClip, {**PARTS, "kl_weight": 0.2, "kl_estimator": "k2"}),
+    "ppo_clip-k3": (PPOClip, {"kl_weight": 0.2, "kl_estimator": "k3"}),
+    "ppo_clip-k3_corrected": (PPOClip, {**PARTS, "kl_weight": 0.2}),
+}
+LOSSES: dict[str, Loss] = {
+    **PER_PAIR,
+    **{
+        f"{name}-{how['average']}": kind(**options, **how)
+        for name, (kind, options) in PER_TOKEN.items()
+        for how in AVERAGES
+    },
+}
+
+
+def noise(seed: int, scale: float = 1.0, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    """[B, T] float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(len(lengths), max(lengths), generator=generator, dtype=torch.float64)
+
+
+def base(lengths: tuple[int, ...] = LENGTHS) -> dict:
+    """Fields of a Batch: pairs share a prompt; every third token of long rows is a tool's; row 8 trains nothing."""
+    masks = [torch.tensor([t % 3 != 1 for t in range(n)]) for n in lengths]
+    if len(masks) > 8:
+        masks[8] = torch.zeros(lengths[8], dtype=torch.bool)
+    return {
+        "prompts": tuple(torch.arange(i + 1) for i in range(len(lengths) // 2)),
+        "prompt_of": torch.arange(len(lengths)) // 2,
+        "tokens": pad_rows([torch.arange(n) + 3 for n in lengths]),
+        "lengths": torch.tensor(lengths),
+        "loss_mask": pad_rows(masks),
+    }
+
+
+def case(loss: Loss) -> tuple[Batch, dict[str, Tensor]]:
+    """A batch that ``loss`` can read, and the leaves of its outputs."""
+    if isinstance(loss, BradleyTerry):
+        margin = noise(11)[:8, 0].abs()
+        return PreferenceBatch(**base(), margin=margin), {"scores": noise(1)[:, 0].clone().requires_grad_()}
+    leaves = {"logprobs": noise(1, 0.4).requires_grad_()}
+    if isinstance(loss, CrossEntropy):
+        return Batch(**base()), leaves
+    if isinstance(loss, DPO):
+        return PreferenceBatch(**base(), ref_logprobs=noise(2)), leaves
+    if not isinstance(loss, ValueLoss):
+        leaves["entropy"] = noise(4).requires_grad_()
+    if "critic" in loss.needs:
+        leaves["values"] = noise(3).requires_grad_()
+    batch = PolicyBatch(
+        **base(),
+        old_logprobs=noise(5, 0.4),
+        advantages=noise(6),
+        returns=noise(7),
+        values=noise(8),
+        ref_logprobs=noise(9, 0.4),
+    )
+    return batch, leaves
+
+
+def outputs(leaves: dict[str, Tensor], rows: Tensor | None = None, width: int | None = None) -> Outputs:
+    """The outputs of some rows, as a forward pass of these rows alone would give them."""
+    if rows is None:
+        return Outputs(**leaves)
+    return Outputs(**{k: v[rows] if v.dim() == 1 else v[rows, :width] for k, v in leaves.items()})
+
+
+def with_garbage(batch: Batch, leaves: dict[str, Tensor], garbage: float) -> tuple[Batch, dict[str, Tensor]]:
+    """The same case with ``garbage`` in every slot that does not count."""
+    mask = batch.loss_mask
+
+    def spoil(value: Tensor) -> Tensor:
+        return value.detach().masked_fill(~mask, garbage) if value.dim() == 2 else value.detach().clone()
+
+    names = ("old_logprobs", "advantages", "returns", "values", "ref_logprobs")
+    spoilt = {n: spoil(v) for n in names if isinstance(v := getattr(batch, n, None), Tensor)}
+    return replace(batch, **spoilt), {k: spoil(v).requires_grad_() for k, v in leaves.items()}
+
+
+def gradients(loss: Loss, batch: Batch, leaves: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss and its gradient by every leaf (zeros where a leaf is not used)."""
+    made = loss(outputs(leaves), batch).loss
+    assert isinstance(made.total, Tensor)
+    found = torch.autograd.grad(made.total / made.count, list(leaves.values()), allow_unused=True)
+    grads = {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(leaves.items(), found, strict=True)}
+    return made.detach().value(), grads
