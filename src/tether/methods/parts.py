@@ -213,6 +213,10 @@ def open_learner(
 def open_run(config: MethodConfig, method: str, data_fingerprint: str, *, resume: bool) -> RunFolder:
     """Make or reopen the run folder; a resumed run whose data has changed is refused."""
     path = Path(config.run.folder) if config.run.folder else new_path(method)
+    if resume and (path / "final").is_dir():
+        raise UserError(
+            f"{path}: this run is finished; its model is in {path}/final\n  a new run needs a folder of its own"
+        )
     folder = RunFolder.create(path, config_yaml=resolve_yaml(config), method=method, resume=resume)
     mark = folder.file("data.json")
     if folder.resumed and mark.exists():

@@ -28,6 +28,10 @@ class Policy:
     adapter: str | None = None
     temperature: float = 1.0
 
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What training this role changes, by name."""
         if self.adapter is not None:
@@ -53,6 +57,10 @@ class Scorer:
     backbone: Backbone
     head: nn.Linear
     adapter: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
         own: dict[str, nn.Parameter] = {"score.weight": self.head.weight}  # type: ignore[dict-item]
@@ -80,6 +88,10 @@ class ActorCritic:
 
     policy: Policy
     critic: Scorer
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
 
     @property
     def shares_trunk(self) -> bool:

@@ -24,6 +24,7 @@ from tether.runs.clock import Split, peak_memory_bytes
 from tether.runs.folder import RunFolder
 from tether.runs.log import MetricsLog, SamplesLog, cut_to, offsets
 from tether.runs.progress import Progress
+from tether.runs.storage import write_folder
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,7 +78,7 @@ class Session:
                                 "  go on: the same command with --resume"
                             )
                 with self.split("save"):
-                    self.save_model(self.folder.final)
+                    write_folder(self.folder.final, self.save_model)
             finally:
                 self.metrics.close()
                 self.samples.close()

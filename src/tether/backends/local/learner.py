@@ -74,7 +74,7 @@ class LocalLearner:
         if count == 0:
             return {}
         for rows in micro_batches(batch, self.tokens_per_micro_batch):
-            part = batch.select(rows)
+            part = batch.select(rows).to(self.role.device)
             output = loss(self.role(part, entropy="entropy" in loss.needs), part)
             total = torch.as_tensor(output.loss.total)
             if not math.isfinite(float(total.detach())):
@@ -154,7 +154,10 @@ class LocalLearner:
 @torch.no_grad()
 def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: bool = False) -> Outputs:
     """Outputs of ``role`` on ``batch`` in micro-batches, in the batch's own order, without gradient."""
-    parts = [(rows, role(batch.select(rows), entropy=entropy)) for rows in micro_batches(batch, tokens_per_micro_batch)]
+    parts = [
+        (rows, role(batch.select(rows).to(role.device), entropy=entropy))
+        for rows in micro_batches(batch, tokens_per_micro_batch)
+    ]
     width = batch.tokens.shape[1]
 
     def gather(name: str) -> Tensor | None:
@@ -162,7 +165,7 @@ def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: 
             return None
         out: list[Tensor] = [torch.empty(0)] * batch.size
         for rows, outputs in parts:
-            for row, value in zip(rows.tolist(), getattr(outputs, name), strict=True):
+            for row, value in zip(rows.tolist(), getattr(outputs, name).cpu(), strict=True):
                 out[row] = value
         return torch.stack(out) if name == "scores" else pad_rows(out, width)
 
