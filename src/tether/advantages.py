@@ -270,7 +270,7 @@ class GroupNormalised(Estimator):
             squares, _, _ = _group_sums(centred.square(), groups)
             centred = centred / ((squares / (sizes - int(self.unbiased)).clamp(min=1)).sqrt() + self.eps)
         # Rounding leaves a hair between equal returns and their mean, which a small eps would blow up: compare instead.
-        varied = _group_range(returns, group_of) > 0
+        varied = _group_range(returns, group_of) != 0  # a NaN varies, and stays
         return torch.where(mask & varied[:, None], centred[:, None], 0.0)
 
 
