@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Message, Prompt
 from tether.methods import parts
@@ -24,11 +25,12 @@ def run(*, model: str, system: str | None, settings: SamplingSettings) -> None:
         if text == "/new":
             history = ()
             continue
-        history += (Message(role="user", content=text),)
-        prompt = Prompt(id=f"turn:{turn}", messages=history)
-        (answer,) = sampler.sample([prompt], n=1, settings=settings, seed=turn)
+        asked = (*history, Message(role="user", content=text))
+        try:
+            (answer,) = sampler.sample([Prompt(id=f"turn:{turn}", messages=asked)], n=1, settings=settings, seed=turn)
+        except UserError:
+            print("(this conversation is longer than the model can read; /new starts over)")
+            continue
         turn += 1
-        # Control characters from a model could steer the terminal.
-        shown = "".join(c for c in answer.text if c.isprintable() or c in "\n\t")
-        print(f"{model}> {shown}" + ("" if answer.finish_reason == "stop" else " [cut]"))
-        history += (Message(role="assistant", content=answer.text),)
+        print(f"{model}> {parts.printable(answer.text)}" + ("" if answer.finish_reason == "stop" else " [cut]"))
+        history = (*asked, Message(role="assistant", content=answer.text))

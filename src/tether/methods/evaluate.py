@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from tether.config.schema import ModelConfig
-from tether.core.errors import UserError
 from tether.core.protocols import Reward, SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.evals.diversity import distinct_n, unique_share
@@ -34,8 +33,7 @@ def run(
 
     A reward model or a rule scores one answer at a time, so there is no order to favour; its ties count half.
     """
-    if out is not None and Path(out).exists():
-        raise UserError(f"{out} exists already; name another file")
+    path = parts.new_file(out) if out is not None else None
     say = parts.speaker(False)
     asked = given_prompts(prompts, [], n_prompts)
     ours, reward = _answers(model, asked, settings, seed, say, judge)
@@ -61,8 +59,8 @@ def run(
             f"  at equal length {100 * c.estimate:.1f} % [{100 * c.low:.1f}, {100 * c.high:.1f}]; mean tokens "
             f"{result.our_length:.1f} against {result.baseline_length:.1f}"
         )
-    if out is not None:
-        _write(Path(out), ours, theirs, reward, result)
+    if path is not None:
+        _write(path, ours, theirs, reward, result)
 
 
 def _answers(

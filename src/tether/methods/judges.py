@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tether.config.build import build, find
 from tether.config.schema import ModelConfig
+from tether.core.errors import UserError, nearest
 from tether.core.protocols import Reward
 from tether.methods import parts
 from tether.methods.parts import Say
@@ -22,16 +24,36 @@ def open_reward(
 ) -> tuple[Reward, Scorer | None]:
     """The reward that ``spec`` names, and the reward model behind it where there is one: a folder or hub id, a row of
     the rule table with its options, or the user's own function."""
-    if isinstance(spec, str) and (spec in RULES or ":" in spec):
-        found = find(RULES, spec, "reward")
-        if isinstance(found, type):
-            return build(RULES, spec, "reward"), None
-        return FunctionReward(function=found, name=spec), None
-    if isinstance(spec, Mapping):
-        return build(RULES, spec, "reward"), None
+    rule = open_rule(spec)
+    if rule is not None:
+        return rule, None
+    assert isinstance(spec, str)
     scorer = load_scorer(resolve(spec, say=say), dtype=model.dtype, device=model.device, say=say)
     say(f"reward model: {spec}")
     return model_reward(scorer, policy_tokenizer, tokens_per_micro_batch), scorer
+
+
+def open_rule(spec: Mapping[str, Any] | str) -> Reward | None:
+    """The rule or function that ``spec`` names; None where it names a model. Opens no model, so it is soon checked."""
+    if isinstance(spec, Mapping):
+        return build(RULES, spec, "reward")
+    if spec in RULES:
+        return build(RULES, spec, "reward")
+    if spec.endswith(".py"):
+        raise UserError(f"reward: name the function in {spec} too: {spec}:FUNCTION")
+    if ":" in spec:
+        found = find(RULES, spec, "reward")
+        if isinstance(found, type):
+            return build(RULES, spec, "reward")
+        if not callable(found):
+            raise UserError(f"reward: {spec} is no function, it is {type(found).__name__}")
+        return FunctionReward(function=found, name=spec)
+    meant = nearest(spec, list(RULES))
+    if meant and not Path(spec).exists():
+        raise UserError(
+            f'reward: no folder and no rule "{spec}"{meant} (rules: {", ".join(RULES)}; or file.py:function)'
+        )
+    return None
 
 
 def model_reward(scorer: Scorer, policy_tokenizer: Any, tokens_per_micro_batch: int) -> RewardModel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from tether.models.load import (
 )
 from tether.models.roles import Policy, Role, Scorer, new_head
 from tether.runs.folder import RunFolder, new_path
+from tether.runs.storage import remove_folder, write_text
 from tether.training.schedule import learning_rate
 
 Say = Callable[[str], None]
@@ -210,30 +213,46 @@ def open_learner(
     return LocalLearner(role, settings, tokens_per_micro_batch=optim.tokens_per_micro_batch)
 
 
-def open_run(config: MethodConfig, method: str, data_fingerprint: str, *, resume: bool) -> RunFolder:
-    """Make or reopen the run folder; a resumed run whose data has changed is refused."""
+@contextmanager
+def open_run(config: MethodConfig, method: str, data_fingerprint: str, *, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, made or reopened, locked until the block ends; a resumed run whose data has changed is refused.
+
+    A new run that fails before its first step is recorded (a reward that raises, a model that can't be opened) takes
+    its folder away again, so that the mended command can be typed as before.
+    """
     path = Path(config.run.folder) if config.run.folder else new_path(method)
     if resume and (path / "final").is_dir():
         raise UserError(
             f"{path}: this run is finished; its model is in {path}/final\n  a new run needs a folder of its own"
         )
-    folder = RunFolder.create(path, config_yaml=resolve_yaml(config), method=method, resume=resume)
+    made = not path.exists()
+    with RunFolder.create(path, config_yaml=resolve_yaml(config), method=method, resume=resume) as folder:
+        _check_data(folder, data_fingerprint)
+        try:
+            yield folder
+        except BaseException:
+            if made and not (folder.metrics.exists() and folder.metrics.stat().st_size):
+                remove_folder(path)
+            raise
+
+
+def _check_data(folder: RunFolder, fingerprint_now: str) -> None:
     mark = folder.file("data.json")
-    if folder.resumed and mark.exists():
-        before = json.loads(mark.read_text())["sha256"]
-        if before != data_fingerprint:
-            folder.close()
-            raise UserError(
-                f"{path}: the training data has changed since this run began (sha256 {before[:12]} -> "
-                f"{data_fingerprint[:12]})\n  put the old file back, or start another run with run.folder=NAME"
-            )
-    mark.write_text(json.dumps({"sha256": data_fingerprint}))
-    return folder
+    if not (folder.resumed and mark.exists()):
+        write_text(mark, json.dumps({"sha256": fingerprint_now}))
+        return
+    before = json.loads(mark.read_text(encoding="utf-8"))["sha256"]
+    if before != fingerprint_now:
+        raise UserError(
+            f"{folder.path}: the training data has changed since this run began (sha256 {before[:12]} -> "
+            f"{fingerprint_now[:12]})\n  put the old file back, or start another run with run.folder=NAME"
+        )
 
 
 def begin(config: MethodConfig) -> None:
-    """Seeds and threads, before anything is drawn."""
+    """Seeds and threads, before anything is drawn. Python's generator is for reward functions that use it."""
     torch.manual_seed(config.run.seed)
+    random.seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
 
@@ -266,6 +285,21 @@ def finish(folder: RunFolder, config: MethodConfig, say: Say) -> Path:
         say(f"report: {report.run(folder.path, None)}")
     say(f"model:  {folder.final}")
     return folder.path
+
+
+def new_file(name: str) -> Path:
+    """The path of a file that is to be written, refused before the work where it can't be."""
+    path = Path(name)
+    if path.exists():
+        raise UserError(f"{path} exists already; name another file")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it first, or name another file")
+    return path
+
+
+def printable(text: str) -> str:
+    """Without control characters: those of a model could steer the terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def describe_dry_run(config: MethodConfig, lines: Sequence[str], example: str) -> None:

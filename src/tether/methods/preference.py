@@ -49,18 +49,19 @@ def run(
 
 def with_reference(logprobs: Callable[[Batch], Tensor]) -> Callable[[Sequence[Group]], Batch]:
     """Lay pairs out with their reference log-probs, each computed once and kept for later epochs."""
-    known: dict[str, list[Tensor]] = {}
+    # By the pair itself, not by its id: rows of two files, or pairs of one prompt, may share an id.
+    known: dict[Group, list[Tensor]] = {}
 
     def prepare(groups: Sequence[Group]) -> Batch:
         batch = pairs(groups)
         assert isinstance(batch, PreferenceBatch)
-        new = [g for g in groups if g.id not in known]
+        new = [g for g in groups if g not in known]
         if new:
             fresh = pairs(new)
             rows = logprobs(fresh)
             for i, group in enumerate(new):
-                known[group.id] = [rows[2 * i + k, : len(group.completions[k])] for k in (0, 1)]
-        reference = pad_rows([row for g in groups for row in known[g.id]], batch.tokens.shape[1])
+                known[group] = [rows[2 * i + k, : len(group.completions[k])] for k in (0, 1)]
+        reference = pad_rows([row for g in groups for row in known[g]], batch.tokens.shape[1])
         return replace(batch, ref_logprobs=reference)
 
     return prepare

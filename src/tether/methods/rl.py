@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tether.advantages import ADVANTAGES
 from tether.algorithms import ALGORITHMS, Algorithm
 from tether.backends.local.sampler import LocalSampler
 from tether.config.build import change, find
-from tether.config.schema import RLConfig
+from tether.config.schema import CriticConfig, RLConfig
 from tether.core.errors import UserError
 from tether.core.protocols import Reward
 from tether.core.text import Prompt
@@ -20,7 +22,7 @@ from tether.data.chat import ChatTokenizer
 from tether.data.readers import read
 from tether.losses import POLICY
 from tether.methods import parts
-from tether.methods.judges import open_reward
+from tether.methods.judges import open_reward, open_rule
 from tether.models.roles import ActorCritic, Policy, Scorer
 from tether.training import online
 from tether.training.session import Session
@@ -40,6 +42,8 @@ def run(
     parts.begin(config)
     algorithm = choose_algorithm(config.algorithm, config.overrides)
     check_sampling(config)
+    check_parts(config, algorithm)
+    open_rule(config.reward)
     chat = parts.open_chat(config.model, config.data, say)
     prompts, mark = open_prompts(config, chat, say)
     group_size = config.completions_per_prompt or algorithm.group_size
@@ -109,7 +113,14 @@ class PromptOrder:
     def __call__(self, step: int) -> list[Prompt]:
         first = step * self.per_step
         count = len(self.prompts)
-        return [self.prompts[self._order(at // count)[at % count]] for at in range(first, first + self.per_step)]
+        chosen = [self.prompts[self._order(at // count)[at % count]] for at in range(first, first + self.per_step)]
+        # A draw depends on the prompt's id: where a prompt comes twice in a step, it is to be answered anew.
+        seen: Counter[str] = Counter()
+        for i, prompt in enumerate(chosen):
+            seen[prompt.id] += 1
+            if seen[prompt.id] > 1:
+                chosen[i] = replace(prompt, id=f"{prompt.id}#{seen[prompt.id]}")
+        return chosen
 
     def _order(self, epoch: int) -> list[int]:
         if self._cached[0] != epoch:
@@ -137,6 +148,33 @@ def check_sampling(config: RLConfig) -> None:
         )
 
 
+def check_parts(config: RLConfig, algorithm: Algorithm) -> None:
+    """Every part that the algorithm asks for is there, and none is set that it would ignore."""
+    name = config.algorithm
+    if "critic" not in algorithm.needs and config.critic != CriticConfig():
+        raise UserError(f"critic.* would be ignored: {name} has no critic; take it out, or use ppo or a2c")
+    if "reference" not in algorithm.needs and config.reference.name is not None:
+        raise UserError(
+            f"reference.name would be ignored: with these coefficients {name} is not held to a reference; take it out, "
+            "or set overrides.kl_in_reward above 0"
+        )
+    if config.critic.kind == "adapter" and config.model.lora is None:
+        raise UserError("critic.kind=adapter needs model.lora; or use critic.kind=head or separate")
+    if algorithm.minibatches > config.prompts_per_step:
+        raise UserError(
+            f"overrides.minibatches={algorithm.minibatches} is more than prompts_per_step={config.prompts_per_step}: "
+            "a minibatch holds at least one prompt"
+        )
+    # Two prompts with one completion each, one good and one bad: does anything come of it?
+    scores, mask = torch.tensor([[1.0], [0.0]]), torch.ones(2, 1, dtype=torch.bool)
+    alone = algorithm.advantage(scores, mask, torch.tensor([0, 1]), torch.zeros(2, 1))
+    if (config.completions_per_prompt or algorithm.group_size) == 1 and not bool(alone.any()):
+        raise UserError(
+            f"completions_per_prompt=1: {name} compares the completions of one prompt, so it would learn nothing; "
+            "use 2 or more"
+        )
+
+
 def open_prompts(config: RLConfig, chat: ChatTokenizer, say: parts.Say) -> tuple[list[Prompt], str]:
     rows = read(config.data.train, "prompts", limit=config.data.limit, max_bad_rows=config.data.max_bad_rows)
     limit, overlong = config.data.max_prompt_tokens, config.data.overlong
@@ -155,14 +193,17 @@ def open_prompts(config: RLConfig, chat: ChatTokenizer, say: parts.Say) -> tuple
         say(f"  {note}")
     for cause, count in {**rows.counts, **counts}.items():
         say(f"  {count} × {cause}")
+    if not kept:
+        raise UserError(
+            f"{config.data.train}: no prompts are left"
+            + (f"; the shortest has {min(sizes)} tokens: raise data.max_prompt_tokens" if sizes else "")
+        )
     return list(kept), rows.fingerprint
 
 
 def open_critic(config: RLConfig, policy: Policy, scorer: Scorer | None, say: parts.Say) -> Scorer:
     """Values start at zero everywhere: the first advantages are the rewards themselves."""
     kind, lora = config.critic.kind, config.model.lora
-    if kind == "adapter" and lora is None:
-        raise UserError("critic.kind=adapter needs model.lora; or use critic.kind=head or separate")
     if kind == "head":
         backbone, adapter = policy.backbone, policy.adapter
     elif kind == "adapter":

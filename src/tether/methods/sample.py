@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from tether.backends.local.sampler import LocalSampler
 from tether.config.schema import ModelConfig
@@ -45,17 +44,15 @@ def run(
     system: str | None,
 ) -> None:
     """Draw ``n`` completions per prompt; print them, or write one JSON object a line to ``out``."""
+    path = parts.new_file(out) if out is not None else None
     asked = given_prompts(prompts, prompt)
     sampler = open_sampler(model, system, settings, parts.speaker(False))
     rollouts = sampler.sample(asked, n=n, settings=settings, seed=seed)
-    if out is None:
+    if path is None:
         for rollout in rollouts:
             cut = "" if rollout.finish_reason == "stop" else "  [cut at the length limit]"
-            print(f"\n> {rollout.prompt.question}\n{rollout.text}{cut}")
+            print(parts.printable(f"\n> {rollout.prompt.question}\n{rollout.text}{cut}"))
         return
-    path = Path(out)
-    if path.exists():
-        raise UserError(f"{path} exists already; name another file")
     with path.open("w", encoding="utf-8") as file:
         for r in rollouts:
             row = {

@@ -12,7 +12,8 @@ from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Scores
 from tether.core.text import Rollout
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A minus after a digit or a bracket is a subtraction or a range, not a sign; commas only between thousands.
+_NUMBER = re.compile(r"(?:(?<![\d)\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
 
 
 def last_number(text: str) -> float | None:
@@ -36,9 +37,12 @@ class ExactNumber:
                 f"prompt {rollout.prompt.id} has no column {self.column!r} to compare with; "
                 f"it has {sorted(rollout.prompt.metadata) or 'none'}: name it with reward.column"
             )
-        wanted = last_number(str(rollout.prompt.metadata[self.column]))
+        answer = rollout.prompt.metadata[self.column]
+        wanted = last_number(str(answer))
+        if wanted is None:
+            raise RewardFailure(f"prompt {rollout.prompt.id}: its column {self.column!r} holds no number: {answer!r}")
         got = last_number(rollout.text)
-        return wanted is not None and got is not None and abs(wanted - got) < 1e-6
+        return got is not None and abs(wanted - got) < 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,10 @@ class TargetLength:
     """-|words - target| / target: closest to 0 where the completion has ``target`` words."""
 
     target: int = 30
+
+    def __post_init__(self) -> None:
+        if self.target < 1:
+            raise UserError(f"reward.target is a number of words above 0, got {self.target}")
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
         return Scores(total=torch.tensor([-abs(len(r.text.split()) - self.target) / self.target for r in rollouts]))

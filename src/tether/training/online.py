@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tether.algorithms import Algorithm
 from tether.core.batches import Batch, PolicyBatch, pad_rows, rollout_batch
-from tether.core.errors import NumericStop, UserError
+from tether.core.errors import NumericStop, RewardFailure, UserError
 from tether.core.metrics import Max, Mean, Metrics, masked_mean, merge, values
 from tether.core.protocols import Reward, Sampler, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout
@@ -76,17 +76,24 @@ class _Loop:
     def _rewards(self, rollouts: list[Rollout]) -> tuple[list[Rollout], Scores, int]:
         """Scores; a rollout without a usable score (NaN marks it) is left out and counted, where that is allowed."""
         scores = self.job.reward(rollouts)
+        name = getattr(self.job.reward, "name", type(self.job.reward).__name__)
+        if scores.total.shape != (len(rollouts),):
+            raise RewardFailure(
+                f"the reward {name} gave scores of shape {tuple(scores.total.shape)} for {len(rollouts)} completions"
+            )
         usable = torch.isfinite(scores.total)
         if bool(usable.all()):
             return rollouts, scores, 0
         if not self.job.skip_failed_rewards or not bool(usable.any()):
-            from tether.core.errors import RewardFailure
-
             first = rollouts[int((~usable).nonzero()[0])]
             raise RewardFailure(
-                f"{int((~usable).sum())} of {len(rollouts)} rollouts got no finite reward; the first is of prompt "
-                f"{first.prompt.id}: {first.text[:120]!r}\n"
-                "  mend the reward, or leave such rollouts out with on_reward_failure=skip"
+                f"{int((~usable).sum())} of {len(rollouts)} completions were left unscored by the reward {name}; the "
+                f"first is of prompt {first.prompt.id}: {first.text[:120]!r}\n"
+                + (
+                    "  no completion of the step is left"
+                    if self.job.skip_failed_rewards
+                    else "  mend the reward, or leave such completions out with on_reward_failure=skip"
+                )
             )
         kept = [r for r, ok in zip(rollouts, usable.tolist(), strict=True) if ok]
         parts = {name: part[usable] for name, part in scores.parts.items()}
@@ -181,14 +188,17 @@ class _Loop:
         algorithm = self.job.algorithm
         parts: list[Metrics] = []
         stepped: dict[str, float] = {}
+        skipped = 0.0
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + step)
         for _ in range(algorithm.epochs_per_rollout):
             order = torch.randperm(len(batch.prompts), generator=generator)
-            for prompts in order.chunk(algorithm.minibatches):
+            # tensor_split, as chunk may give fewer parts than it is asked for, and the schedule counts on them.
+            for prompts in order.tensor_split(algorithm.minibatches):
                 rows = torch.isin(batch.prompt_of, prompts).nonzero().squeeze(1)
                 parts.append(self.learner.forward_backward(batch.select(rows), algorithm.loss))
                 stepped = self.learner.optim_step()
-        return merge(parts), stepped
+                skipped += stepped["skipped_steps"]
+        return merge(parts), {**stepped, "skipped_steps": skipped}
 
 
 def _by_group(values_: Tensor, groups: Tensor) -> list[Tensor]:

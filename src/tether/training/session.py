@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,9 @@ class Session:
             if self._stop.is_set():
                 raise KeyboardInterrupt
             self._stop.set()
-            self.progress.say("stopping after this step; once more to stop at once (the step is lost)")
+            # Where the signal came in the middle of a print, Python refuses a second one; the stop is what counts.
+            with suppress(RuntimeError):
+                self.progress.say("stopping after this step; once more to stop at once (the step is lost)")
 
         if threading.current_thread() is not threading.main_thread():
             yield
