@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from tether.core.errors import MissingModel, UserError, nearest
-from tether.models import attention
 from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
 from tether.models.embedded import EMBEDDED, embedded_folder
@@ -134,19 +133,10 @@ def load_backbone(
     with _quiet():
         try:
             hf = auto.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                attn_implementation="sdpa" if attention_layout == "padded" else attention.NAME,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
-        except ValueError as error:
-            if "attention" not in str(error).lower():
-                raise UserError(f"{name}: can't be opened: {error}") from error
-            hf = auto.from_pretrained(
                 folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
             )
-            attention_layout = "padded"
+        except ValueError as error:
+            raise UserError(f"{name}: can't be opened: {error}") from error
         except OSError as error:
             raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors") from error
     network: Any = hf
