@@ -17,8 +17,9 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """[n, V] float32 logits of a chunk, divided by the temperature through ``scale``."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    """[n, V] logits of a chunk in float32 or better, divided by the temperature through ``scale``."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return logits * scale
@@ -39,7 +40,7 @@ class _TokenLogProbs(torch.autograd.Function):
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
-        logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        logprobs = torch.empty(rows, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         log_z = torch.empty_like(logprobs)
         entropy = torch.zeros_like(logprobs)
         for part in _chunks(rows, weight.shape[0]):
@@ -61,8 +62,8 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=log_z.dtype) if need_bias else None
         for part in _chunks(hidden.shape[0], weight.shape[0]):
             logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
             log_p = logits - log_z[part, None]
@@ -106,8 +107,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log p(targets | hidden) under softmax(logit_scale · hidden Wᵀ / temperature), and its entropy.
 
-    ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) float32, nats. Entropies are zeros where they
-    were not asked for.
+    ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) nats, float32 (float64 of a
+    float64 model). Entropies are zeros where they were not asked for.
     """
     # Scale and soft cap don't commute; but families that cap (Gemma) don't scale, and those that scale don't cap.
     return _TokenLogProbs.apply(hidden, weight, bias, targets, logit_scale / temperature, softcap, entropy)  # type: ignore[return-value]

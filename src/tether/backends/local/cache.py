@@ -47,10 +47,8 @@ class DecodeLayout:
     def fill(self, slots: list[int], prefill: PrefillLayout, spans: list[tuple[int, int]], capacity: int) -> None:
         """Copy prompt ``spans`` (start, end in the prefilled row) into ``slots``; the cache grows to ``capacity``."""
         if not self.keys:
-            for k in prefill.keys:
-                shape = (len(self.lengths), k.shape[1], capacity, k.shape[3])
-                self.keys.append(k.new_zeros(shape))
-                self.values.append(k.new_zeros(shape))
+            for own, new in ((self.keys, prefill.keys), (self.values, prefill.values)):
+                own += [t.new_zeros(len(self.lengths), t.shape[1], capacity, t.shape[3]) for t in new]
             self.lengths = self.lengths.to(prefill.keys[0].device)
         for slot, (start, end) in zip(slots, spans, strict=True):
             for own, new in zip(self.keys + self.values, prefill.keys + prefill.values, strict=True):
@@ -88,4 +86,4 @@ class DecodeLayout:
         w, heads, _, depth = q.shape
         grouped = q.view(w, keys.shape[1], heads // keys.shape[1], depth)
         out = attend_block(grouped, keys, values, allowed=seen, causal=False, scale=scale, softcap=softcap)
-        return out.reshape(w, heads, 1, depth)
+        return out.reshape(w, heads, 1, -1)
