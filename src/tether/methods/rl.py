@@ -160,6 +160,11 @@ def check_parts(config: RLConfig, algorithm: Algorithm) -> None:
         )
     if config.critic.kind == "adapter" and config.model.lora is None:
         raise UserError("critic.kind=adapter needs model.lora; or use critic.kind=head or separate")
+    if config.model.lora is not None and config.model.lora.dropout > 0:
+        raise UserError(
+            f"model.lora.dropout={config.model.lora.dropout:g}: with dropout in the update, the log-probs would not be "
+            "those of the policy that sampled; set it to 0 for rl"
+        )
     if algorithm.minibatches > config.prompts_per_step:
         raise UserError(
             f"overrides.minibatches={algorithm.minibatches} is more than prompts_per_step={config.prompts_per_step}: "

@@ -54,6 +54,7 @@ def add_adapter(
         raise UserError(
             f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets"
         ) from error
+    model.eval()  # the new layers come with their dropout switched on
 
 
 def _linear_names(trunk: nn.Module) -> list[str]:
@@ -85,6 +86,19 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (disabled, names) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, names
+
+
+@contextmanager
+def dropout_on(models: Sequence[nn.Module]) -> Iterator[None]:
+    """The adapters' dropout works inside, in the gradient passes; sampling, scoring and references never see it."""
+    modules = [m for model in models for _, layer in _layers(model) for m in layer.lora_dropout.values()]
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
 
 
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from tether.core.errors import NumericStop
 from tether.core.metrics import Mean, Metrics, merge
 from tether.core.protocols import Loss
 from tether.data.batching import micro_batches
-from tether.models.roles import Role
+from tether.models.adapters import dropout_on
+from tether.models.roles import ActorCritic, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class LocalLearner:
         self.tokens_seen = 0
         self.nonfinite_in_a_row = 0
         self._nonfinite_loss = False
+        roles = (role.policy, role.critic) if isinstance(role, ActorCritic) else (role,)
+        self._networks = [r.backbone.hf for r in roles]
         self.parameters = role.parameters()
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
@@ -75,7 +78,9 @@ class LocalLearner:
             return {}
         for rows in micro_batches(batch, self.tokens_per_micro_batch):
             part = batch.select(rows).to(self.role.device)
-            output = loss(self.role(part, entropy="entropy" in loss.needs), part)
+            with dropout_on(self._networks):
+                outputs = self.role(part, entropy="entropy" in loss.needs)
+            output = loss(outputs, part)
             total = torch.as_tensor(output.loss.total)
             if not math.isfinite(float(total.detach())):
                 self._nonfinite_loss = True
