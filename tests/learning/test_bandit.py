@@ -90,12 +90,12 @@ def test_every_row_reaches_the_optimum_with_the_kl_in_the_reward(name: str) -> N
     """GRPO with its std too: at π* all penalised returns are equal, so its advantages are 0 there as well."""
     wanted = optimum(REWARD)
     assert total_variation(REF.exp(), wanted) > 0.3, "there is something to learn"
-    assert total_variation(learn(in_reward(name), REWARD), wanted) < 0.02
+    assert total_variation(learn(in_reward(name), REWARD), wanted) < 0.005
 
 
 def test_ppo_in_minibatches_of_several_epochs() -> None:
     algorithm = in_reward("ppo", minibatches=4, epochs_per_rollout=2)
-    assert total_variation(learn(algorithm, REWARD, rounds=80), optimum(REWARD)) < 0.03
+    assert total_variation(learn(algorithm, REWARD, rounds=80), optimum(REWARD)) < 0.01
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3_corrected"])
@@ -104,7 +104,7 @@ def test_kl_in_the_loss_reaches_it_too(estimator: str) -> None:
     k = ALGORITHMS["grpo"].group_size
     changes = {"advantage.std": False, "loss.kl_weight": BETA * (k - 1) / k, "loss.kl_estimator": estimator}
     made = learn(with_overrides(ALGORITHMS["grpo"], changes), REWARD, rounds=300)
-    assert total_variation(made, optimum(REWARD)) < 0.04
+    assert total_variation(made, optimum(REWARD)) < 0.02
 
 
 def test_k3_as_published_in_the_loss_ends_elsewhere() -> None:
@@ -112,7 +112,7 @@ def test_k3_as_published_in_the_loss_ends_elsewhere() -> None:
     k = ALGORITHMS["grpo"].group_size
     changes = {"advantage.std": False, "loss.kl_weight": BETA * (k - 1) / k, "loss.kl_estimator": "k3"}
     made = learn(with_overrides(ALGORITHMS["grpo"], changes), REWARD, rounds=300)
-    assert total_variation(made, optimum(REWARD)) > 0.06
+    assert total_variation(made, optimum(REWARD)) > 0.1
 
 
 def test_grpo_with_std_and_kl_in_the_loss_forgets_the_scale_of_the_reward() -> None:

@@ -40,7 +40,8 @@ def kl_penalty(estimator: KLEstimator, logprobs: Tensor, old_logprobs: Tensor, r
     Expected gradient over samples of π_old:
 
     - "k3_corrected": (π/π_old)·k3 with gradient through the ratio: the exact gradient of KL(π || π_ref), also after π
-      has moved away from π_old. Its value is KL(π || π_ref) per token too.
+      has moved away from π_old; its value is KL(π || π_ref) per token too. While π = π_old its gradient is k2's, sample
+      by sample.
     - "k2": the exact gradient while π = π_old; the value is biased.
     - "k3": the gradient of the *forward* KL(π_ref || π) while π = π_old, as published with GRPO (Shao 2024, eq. 4).
 
