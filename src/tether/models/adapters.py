@@ -6,6 +6,7 @@ makes the reference free.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,10 @@ def add_adapter(
         layers_to_transform=layers,
     )
     try:
-        model.add_adapter(config, adapter_name=name)
+        with warnings.catch_warnings():
+            # A second adapter is what we mean; peft asks whether it is.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            model.add_adapter(config, adapter_name=name)
     except ValueError as error:
         raise UserError(
             f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets"
@@ -73,9 +77,12 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run the forward passes inside with adapter ``name``, or with none.
 
     peft's own ``set_adapter`` also switches ``requires_grad``; that belongs to the learner alone, so the two fields
-    that steer the forward are set here directly and put back afterwards.
+    that steer the forward are set here directly and put back afterwards. Its dropout acts where a gradient is wanted.
     """
     layers = [layer for _, layer in _layers(model)]
+    for layer in layers:
+        if name in layer.lora_dropout:
+            layer.lora_dropout[name].train(torch.is_grad_enabled())
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
         layer._disable_adapters = name is None

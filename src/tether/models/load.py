@@ -7,6 +7,7 @@ import copy
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -180,11 +181,24 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
     state = {k: v for k, v in merged_state(hf, scorer.adapter).items() if k.startswith(prefix)}
     config = copy.deepcopy(hf.config)
     config.num_labels = 1
-    config.pad_token_id = (
-        config.pad_token_id if config.pad_token_id is not None else scorer.backbone.tokenizer.eos_token_id
-    )
-    state["score.weight"] = scorer.head.weight.detach().to(scorer.backbone.dtype)
-    _write(AutoModelForSequenceClassification, config, state, scorer.backbone, folder)
+    backbone = replace(scorer.backbone, tokenizer=_with_safe_pad(scorer.backbone.tokenizer))
+    config.get_text_config().pad_token_id = config.pad_token_id = backbone.tokenizer.pad_token_id
+    state["score.weight"] = scorer.head.weight.detach().to(backbone.dtype)
+    _write(AutoModelForSequenceClassification, config, state, backbone, folder)
+
+
+def _with_safe_pad(tokenizer: Any) -> Any:
+    """The tokenizer with a padding token that no completion ends with.
+
+    transformers pools at the last token that is not padding: where padding is EOS, it would pass over the EOS that
+    our score is read at. Without such a token there is no padding, and transformers refuses batches, loudly.
+    """
+    ends = {tokenizer.eos_token, None}
+    if tokenizer.pad_token not in ends:
+        return tokenizer
+    safe = copy.deepcopy(tokenizer)
+    safe.pad_token = next((t for t in (tokenizer.bos_token, tokenizer.unk_token) if t not in ends), None)
+    return safe
 
 
 def _write(auto: Any, config: Any, state: dict[str, Tensor], backbone: Backbone, folder: Path) -> None:
