@@ -134,13 +134,13 @@ def test_rank_alpha_and_dropout_arrive(ours: Backbone):
 
 
 def test_a_model_without_linear_layers_names_the_way_out():
-    with pytest.raises(UserError, match="model.lora.targets"):
+    with pytest.raises(UserError, match=r"model\.lora\.targets"):
         add_adapter(build("gpt2"), "policy", rank=2, alpha=2.0)
     named = backbone("gpt2")
     before = logprobs(named, None)
     add_adapter(named.hf, "policy", rank=2, alpha=2.0, targets=("c_attn",))
     assert torch.equal(logprobs(named, "policy"), before)
-    with pytest.raises(UserError, match="model.lora.targets"):
+    with pytest.raises(UserError, match=r"model\.lora\.targets"):
         add_adapter(build("llama"), "policy", rank=2, alpha=2.0, targets=("nothing",))
 
 

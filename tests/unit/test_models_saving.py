@@ -105,6 +105,18 @@ def test_a_classifier_of_several_labels_is_no_reward_model(tiny_tokenizer, tmp_p
         load_scorer(str(tmp_path), device="cpu")
 
 
+def test_weights_that_are_missing_are_not_made_up(tiny_tokenizer, tmp_path: Path):
+    """A reward model has no language-model head, a language model no score: neither stands in for the other."""
+    ours, _ = prepared("llama", tiny_tokenizer, lora=False)
+    save_scorer(Scorer(backbone=ours, head=new_head(ours, zero=False)), tmp_path / "reward")
+    with pytest.raises(UserError, match=r"not a language model: its weights lack lm_head\.weight"):
+        load_backbone(str(tmp_path / "reward"), device="cpu")
+    ours.hf.config.num_labels = 1
+    save_policy(Policy(backbone=ours), tmp_path / "policy")
+    with pytest.raises(UserError, match=r"not a reward model: its weights lack score\.weight"):
+        load_scorer(str(tmp_path / "policy"), device="cpu")
+
+
 def saved(family: str, tokenizer, folder: Path) -> Path:
     build(family).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -125,7 +137,7 @@ def test_an_architecture_that_cannot_be_packed(family: str, tiny_tokenizer, tmp_
     right = torch.cat([scorer.head(s) for s in truth.last])
     torch.testing.assert_close(scorer(RAGGED).scores, right, **CLOSE)
 
-    with pytest.raises(UserError, match="model.attention=packed was asked for"):
+    with pytest.raises(UserError, match=r"model\.attention=packed was asked for"):
         load_backbone(str(folder), device="cpu", attention_layout="packed", say=said.append)
     quiet = load_backbone(str(folder), device="cpu", attention_layout="padded", say=pytest.fail)
     assert quiet.mode == "padded" and not quiet.notes

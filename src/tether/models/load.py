@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tether.core.errors import MissingModel, UserError, nearest
@@ -133,13 +134,23 @@ def load_backbone(
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     with _quiet():
         try:
-            hf = auto.from_pretrained(
-                folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+            hf, found = auto.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except ValueError as error:
             raise UserError(f"{name}: can't be opened: {error}") from error
-        except OSError as error:
-            raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors") from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors, and whole") from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers would fill them with random numbers and go on.
+        kind = "a reward model" if scorer else "a language model"
+        raise UserError(
+            f"{name}: not {kind}: its weights lack {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+        )
     network: Any = hf
     network.to(pick_device(device)).eval()
     hf.requires_grad_(False)

@@ -66,6 +66,8 @@ class LocalSampler:
                         uniforms=uniforms(seed, prompt.id, index, room),
                     )
                 )
+        if not rows:
+            return []
         with active(self.policy.backbone.hf, self.policy.adapter):
             if self.policy.backbone.mode == "packed":
                 self._run(rows, settings)
@@ -159,8 +161,9 @@ class LocalSampler:
 
     def _stopped(self, row: Row, stops: tuple[str, ...]) -> str | None:
         """The text before the first stop string, once one has appeared."""
-        # A stop string of s characters can only have been completed by the newest token, within the last s + 4 tokens.
-        tail = self.chat.decode(torch.tensor(row.tokens[-(max(map(len, stops)) + 4) :]))
+        # The newest token completed it, so it lies in the last tokens: at most one a byte, and a few for a cut sign.
+        reach = max(len(stop.encode()) for stop in stops) + 4
+        tail = self.chat.decode(torch.tensor(row.tokens[-reach:]))
         if not any(stop in tail for stop in stops):
             return None
         text = self.chat.decode(torch.tensor(row.tokens))

@@ -1,0 +1,278 @@
+"""The sampler: what it reports is what the policy says; a draw depends on (seed, prompt, index) and weights alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_cases import backbone, plain_twin
+from tether.backends.local.draw import draw, log_distribution, uniforms
+from tether.backends.local.sampler import LocalSampler
+from tether.core.batches import rollout_batch
+from tether.core.errors import UserError
+from tether.core.protocols import SamplingSettings
+from tether.core.text import Prompt, Rollout
+from tether.data.chat import ChatTokenizer
+from tether.models.adapters import adapter_parameters, add_adapter
+from tether.models.roles import Policy
+
+LONG = SamplingSettings(max_new_tokens=14)
+
+
+class Letters:
+    """Token i is chr(i); a prompt's tokens are those of its text. Nothing stops but ``stop_ids``."""
+
+    def __init__(self, *stop_ids: int) -> None:
+        self.stop_ids = frozenset(stop_ids)
+
+    def prompt(self, prompt: Prompt) -> Tensor:
+        return torch.tensor([3 + ord(c) % 90 for c in prompt.text or ""])
+
+    def decode(self, tokens: Tensor) -> str:
+        return "".join(chr(161 + i) for i in tokens.tolist() if i not in self.stop_ids)
+
+
+PROMPTS = [
+    Prompt(id=f"p{i}", text=text) for i, text in enumerate(["a", "a longer prompt", "short", "bb", "middle one"])
+]
+
+
+def sampler(policy: Policy | None = None, *stop_ids: int, width: int = 64) -> LocalSampler:
+    policy = policy or Policy(backbone=backbone("llama"))
+    return LocalSampler(policy=policy, chat=Letters(*stop_ids), width=width)  # type: ignore[arg-type]
+
+
+def same(left: list[Rollout], right: list[Rollout]) -> None:
+    key = {(r.prompt.id, i): r for rs in _groups(right) for i, r in enumerate(rs)}
+    seen = 0
+    for rollouts in _groups(left):
+        for i, rollout in enumerate(rollouts):
+            other = key[rollout.prompt.id, i]
+            assert rollout.tokens.tolist() == other.tokens.tolist()
+            torch.testing.assert_close(rollout.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)
+            assert (rollout.text, rollout.finish_reason) == (other.text, other.finish_reason)
+            seen += 1
+    assert seen
+
+
+def _groups(rollouts: list[Rollout]) -> list[list[Rollout]]:
+    found: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        found.setdefault(rollout.group, []).append(rollout)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        (f, "packed")
+        for f in ("llama", "mistral_window", "gemma2", "gemma3", "smollm3", "cohere2", "gpt2", "deepseek_v3")
+    ]
+    + [(f, "padded") for f in ("llama", "mistral_window", "gemma2", "bloom", "lfm2", "gpt_oss")],
+)
+def test_its_log_probs_are_the_policys(family: str, mode: str, temperature: float):
+    """Up to 14 new tokens after up to 15: beyond every window of 5, in prompts and in completions."""
+    policy = Policy(backbone=backbone(family, mode), temperature=temperature)
+    settings = replace(LONG, temperature=temperature)
+    rollouts = sampler(policy, 7, 8, 9, width=5).sample(PROMPTS, n=3, settings=settings, seed=1)
+    with torch.no_grad():
+        scored = policy(rollout_batch(rollouts)).logprobs
+    for rollout, row in zip(rollouts, scored, strict=True):
+        torch.testing.assert_close(rollout.logprobs, row[: len(rollout.tokens)], atol=2e-4, rtol=2e-4)
+    assert max(len(r.tokens) for r in rollouts) > 8
+
+
+@torch.no_grad()
+def test_its_draws_are_those_of_a_loop_over_plain_transformers():
+    """One completion at a time, the whole text run again for every token."""
+    policy = Policy(backbone=backbone("gemma2"))
+    plain, chat = plain_twin(policy.backbone.hf), Letters(7)
+    rollouts = sampler(policy, 7, width=3).sample(PROMPTS[:3], n=2, settings=LONG, seed=5)
+    for rollouts_of_prompt in _groups(rollouts):
+        for index, rollout in enumerate(rollouts_of_prompt):
+            ids, u = chat.prompt(rollout.prompt), uniforms(5, rollout.prompt.id, index, 14)
+            for t in range(14):
+                probs = plain(input_ids=ids[None]).logits[0, -1].softmax(-1)
+                token = int((probs.cumsum(0) > u[t]).nonzero()[0])
+                ids = torch.cat([ids, torch.tensor([token])])
+                if token == 7:
+                    break
+            assert rollout.tokens.tolist() == ids[len(rollout.prompt_tokens) :].tolist()
+
+
+def test_a_draw_does_not_depend_on_what_shares_the_batch():
+    policy = Policy(backbone=backbone("mistral_window"))
+    whole = sampler(policy, 7, 8).sample(PROMPTS, n=4, settings=LONG, seed=2)
+    for width in (1, 3, 7):
+        same(sampler(policy, 7, 8, width=width).sample(PROMPTS, n=4, settings=LONG, seed=2), whole)
+    same(sampler(policy, 7, 8, width=6).sample(PROMPTS[::-1], n=4, settings=LONG, seed=2), whole)
+    same(sampler(policy, 7, 8).sample(PROMPTS[1:2], n=4, settings=LONG, seed=2), whole)
+    same(sampler(policy, 7, 8).sample(PROMPTS, n=2, settings=LONG, seed=2), whole)
+    padded = Policy(backbone=backbone("mistral_window", "padded"))
+    same(sampler(padded, 7, 8, width=3).sample(PROMPTS, n=4, settings=LONG, seed=2), whole)
+    other = sampler(policy, 7, 8).sample(PROMPTS, n=4, settings=LONG, seed=3)
+    assert [r.tokens.tolist() for r in other] != [r.tokens.tolist() for r in whole]
+    assert len({tuple(r.tokens.tolist()) for r in whole}) > 15
+
+
+def test_what_a_rollout_holds():
+    rollouts = sampler(None, 7, 8, 9).sample(PROMPTS, n=3, settings=LONG, seed=0)
+    assert [r.group for r in rollouts] == [g for g in range(5) for _ in range(3)]
+    for rollout in rollouts:
+        assert rollout.prompt is PROMPTS[rollout.group]
+        assert rollout.tokens.dtype == torch.int64 and rollout.logprobs.dtype == torch.float32
+        assert rollout.sampled.all() and len(rollout.sampled) == len(rollout.tokens) == len(rollout.logprobs)
+        assert torch.equal(rollout.prompt_tokens, Letters().prompt(rollout.prompt))
+        stopped = rollout.tokens[-1].item() in (7, 8, 9)
+        assert rollout.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(rollout.tokens) == 14
+        assert not set(rollout.tokens[:-1].tolist()) & {7, 8, 9}
+        assert len(rollout.text) == len(rollout.tokens) - stopped
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_the_first_token_may_be_the_last(mode: str):
+    policy = Policy(backbone=backbone("llama", mode))
+    for width in (1, 4):
+        one = sampler(policy, width=width).sample(PROMPTS, n=3, settings=SamplingSettings(max_new_tokens=1), seed=0)
+        assert [len(r.tokens) for r in one] == [1] * 15 and {r.finish_reason for r in one} == {"length"}
+        all_stop = sampler(policy, *range(96), width=width).sample(PROMPTS, n=3, settings=LONG, seed=0)
+        assert [r.tokens.tolist() for r in all_stop] == [r.tokens.tolist() for r in one]
+        assert {r.finish_reason for r in all_stop} == {"stop"} and {r.text for r in all_stop} == {""}
+
+
+def test_a_stop_string_cuts_the_text_and_keeps_the_tokens():
+    policy = Policy(backbone=backbone("llama"))
+    free = sampler(policy).sample(PROMPTS, n=2, settings=LONG, seed=4)
+    stops = (free[0].text[3:6], free[3].text[:2], free[4].text[9:12])
+    rollouts = sampler(policy).sample(PROMPTS, n=2, settings=replace(LONG, stop=stops), seed=4)
+    cut = 0
+    for rollout, whole in zip(rollouts, free, strict=True):
+        found = [(whole.text.find(s), s) for s in stops if s in whole.text]
+        if not found:
+            assert rollout.tokens.tolist() == whole.tokens.tolist() and rollout.finish_reason == "length"
+            continue
+        cut += 1
+        start, stop = min(found, key=lambda f: f[0] + len(f[1]))
+        assert rollout.finish_reason == "stop" and rollout.text == whole.text[:start]
+        assert rollout.tokens.tolist() == whole.tokens[: start + len(stop)].tolist()
+    assert cut >= 3
+
+
+def test_a_stop_string_of_many_bytes_is_found(tiny_tokenizer):
+    """Three signs of four bytes each are twelve tokens of this tokenizer, more than the string's length."""
+    chat = ChatTokenizer(tiny_tokenizer)
+    row = type("R", (), {"tokens": tiny_tokenizer("ab 🙂🙃🙂", add_special_tokens=False).input_ids})()
+    lonely = LocalSampler(policy=Policy(backbone=backbone("llama")), chat=chat)
+    assert lonely._stopped(row, ("🙂🙃🙂",)) == "ab "
+    assert lonely._stopped(row, ("🙃🙃",)) is None
+
+
+@torch.no_grad()
+def test_greedy_is_argmax_and_its_log_prob_zero():
+    policy = Policy(backbone=backbone("llama"))
+    rollouts = sampler(policy).sample(PROMPTS[:2], n=2, settings=replace(LONG, temperature=0.0), seed=0)
+    assert rollouts[0].tokens.tolist() == rollouts[1].tokens.tolist() != rollouts[2].tokens.tolist()
+    plain = plain_twin(policy.backbone.hf)
+    for rollout in rollouts[::2]:
+        logits = plain(input_ids=torch.cat([rollout.prompt_tokens, rollout.tokens])[None]).logits[0]
+        assert logits[len(rollout.prompt_tokens) - 1 : -1].argmax(-1).tolist() == rollout.tokens.tolist()
+        assert not rollout.logprobs.any()
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_is_cut_short():
+    room = Prompt(id="long", text="x" * 124)
+    (rollout,) = sampler().sample([room], n=1, settings=LONG, seed=0)
+    assert len(rollout.tokens) == 128 - 124 and rollout.finish_reason == "length"
+    with pytest.raises(UserError, match=r"full: 128 tokens(.|\n)*128\n(.|\n)*data.max_prompt_tokens"):
+        sampler().sample([PROMPTS[0], Prompt(id="full", text="x" * 128)], n=1, settings=LONG, seed=0)
+
+
+def test_nothing_asked_nothing_drawn():
+    assert sampler().sample([], n=3, settings=LONG, seed=0) == []
+
+
+def test_the_adapter_and_live_weights_are_sampled():
+    ours = backbone("qwen2")
+    add_adapter(ours.hf, "policy", rank=2, alpha=4.0)
+    policy = Policy(backbone=ours, adapter="policy")
+    bare, live = sampler(Policy(backbone=ours)), sampler(policy)
+    before = bare.sample(PROMPTS, n=2, settings=LONG, seed=0)
+    same(live.sample(PROMPTS, n=2, settings=LONG, seed=0), before)
+    parameters = list(adapter_parameters(ours.hf, "policy").values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    for _ in range(2):  # the first step moves B alone, whose start is zero
+        optimizer.zero_grad()
+        policy(rollout_batch(before)).logprobs.mean().backward()
+        optimizer.step()
+    after = live.sample(PROMPTS, n=2, settings=LONG, seed=0)
+    with torch.no_grad():
+        scored = policy(rollout_batch(after)).logprobs
+    for rollout, row in zip(after, scored, strict=True):
+        torch.testing.assert_close(rollout.logprobs, row[: len(rollout.tokens)], atol=2e-4, rtol=2e-4)
+    assert [r.tokens.tolist() for r in after] != [r.tokens.tolist() for r in before]
+    same(bare.sample(PROMPTS, n=2, settings=LONG, seed=0), before)
+
+
+def nucleus(probs: list[float], top_p: float, top_k: int) -> list[float]:
+    """The reference: sort, keep, renormalise, in plain Python."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    order = order[: top_k or len(order)]
+    mass, kept = sum(probs[i] for i in order), []
+    reached = 0.0
+    for i in order:
+        kept.append(i)
+        reached += probs[i] / mass
+        if reached >= top_p:
+            break
+    total = sum(probs[i] for i in kept)
+    return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.6, 0), (1.0, 3), (0.7, 4), (0.01, 0), (1.0, 99), (0.9, 1)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_the_distribution_after_the_cuts(temperature: float, top_p: float, top_k: int):
+    logits = 2 * torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
+    settings = SamplingSettings(temperature=temperature, top_p=top_p, top_k=top_k)
+    ours = log_distribution(logits, settings).exp()
+    for row, logit in zip(ours, logits.double(), strict=True):
+        right = nucleus((logit / temperature).softmax(-1).tolist(), top_p, top_k)
+        torch.testing.assert_close(row, torch.tensor(right), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.8}, {"top_k": 3}], ids=["whole", "top_p", "top_k"])
+def test_frequencies(cut: dict):
+    """Pearson's χ² of 20000 draws under its 99.9 % quantile, and nothing drawn that was cut."""
+    logprobs = log_distribution(torch.tensor([[1.0, 0.3, -0.5, 2.0, 0.0, -1.0]]), SamplingSettings(**cut))
+    count = 20_000
+    u = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    seen = torch.bincount(draw(logprobs.expand(count, -1), u), minlength=6).double()
+    expected = logprobs[0].double().exp() * count
+    assert not seen[expected == 0].any()
+    kept = expected > 0
+    statistic = ((seen - expected) ** 2 / expected)[kept].sum()
+    assert float(statistic) < {6: 20.5, 4: 16.3, 3: 13.8}[int(kept.sum())]
+
+
+def test_the_edges_of_a_draw():
+    logprobs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.9999, 1.0])
+    assert draw(logprobs.expand(5, -1), u).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_uniforms_are_a_function_of_seed_prompt_and_index():
+    base = uniforms(1, "p", 0, 50)
+    assert torch.equal(base, uniforms(1, "p", 0, 50)) and torch.equal(base[:9], uniforms(1, "p", 0, 9))
+    for other in (
+        uniforms(2, "p", 0, 50),
+        uniforms(1, "q", 0, 50),
+        uniforms(1, "p", 1, 50),
+        uniforms(1, "p\x000", 0, 50),
+    ):
+        assert not torch.equal(base, other)
+    assert float(base.min()) >= 0 and float(base.max()) < 1 and 0.3 < float(base.mean()) < 0.7
