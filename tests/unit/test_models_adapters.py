@@ -5,7 +5,7 @@ import torch
 
 from model_cases import RAGGED, backbone, build
 from tether.core.errors import UserError
-from tether.models.adapters import active, adapter_parameters, add_adapter, merged_state
+from tether.models.adapters import active, adapter_parameters, add_adapter, dropout_on, merged_state
 from tether.models.backbone import Backbone
 from tether.models.load import clone_frozen, fingerprint
 from tether.models.roles import ActorCritic, Policy, Scorer, new_head
@@ -165,16 +165,17 @@ def test_a_frozen_copy_does_not_follow(ours: Backbone):
     assert not any(p.requires_grad for p in frozen.hf.parameters())
 
 
-def test_dropout_acts_where_a_gradient_is_wanted_and_nowhere_else(ours: Backbone):
+def test_dropout_acts_inside_its_context_and_nowhere_else(ours: Backbone):
+    before = logprobs(ours, None)
     lora(ours, "policy", dropout=0.5)
     disturb(ours, "policy")
-    policy = Policy(backbone=ours, adapter="policy")
-    for parameter in policy.parameters().values():
-        parameter.requires_grad_(True)
-    assert torch.equal(logprobs(ours, "policy"), logprobs(ours, "policy"))
+    still = logprobs(ours, "policy")
+    assert torch.equal(still, logprobs(ours, "policy"))
     torch.manual_seed(0)
-    first, second = policy(RAGGED).logprobs, policy(RAGGED).logprobs
-    assert not torch.allclose(first, second)
-    torch.manual_seed(0)
-    assert torch.equal(policy(RAGGED).logprobs, first), "the global generator decides, which a resumed run restores"
-    assert torch.equal(logprobs(ours, None), logprobs(backbone("qwen2", seed=1), None))
+    with dropout_on([ours.hf]):
+        first, second = logprobs(ours, "policy"), logprobs(ours, "policy")
+        assert not torch.allclose(first, second) and not torch.allclose(first, still)
+        assert torch.equal(logprobs(ours, None), before)
+        torch.manual_seed(0)
+        assert torch.equal(logprobs(ours, "policy"), first), "the global generator decides; a resumed run restores it"
+    assert torch.equal(logprobs(ours, "policy"), still)

@@ -77,12 +77,9 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run the forward passes inside with adapter ``name``, or with none.
 
     peft's own ``set_adapter`` also switches ``requires_grad``; that belongs to the learner alone, so the two fields
-    that steer the forward are set here directly and put back afterwards. Its dropout acts where a gradient is wanted.
+    that steer the forward are set here directly and put back afterwards.
     """
     layers = [layer for _, layer in _layers(model)]
-    for layer in layers:
-        if name in layer.lora_dropout:
-            layer.lora_dropout[name].train(torch.is_grad_enabled())
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
         layer._disable_adapters = name is None
