@@ -181,6 +181,15 @@ def test_weights_that_are_not_there_or_not_whole(tiny_model, tiny_tokenizer, tmp
         load_backbone(str(tmp_path), device="cpu")
 
 
+def test_weights_of_another_size_than_the_config_says(tiny_model, tiny_tokenizer, tmp_path: Path):
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 320', '"vocab_size": 400'))
+    with pytest.raises(UserError, match="can't be opened"):
+        load_backbone(str(tmp_path), device="cpu")
+
+
 def test_a_config_that_names_no_known_architecture(tiny_model_folder: Path, tmp_path: Path):
     for file in tiny_model_folder.iterdir():
         if file.name != "config.json":

@@ -70,10 +70,7 @@ CASES = {
     "cross_entropy": (lambda: Policy(backbone=backbone("llama_tied")), CrossEntropy(), lambda: RAGGED),
     "dpo": (lambda: Policy(backbone=backbone("mistral_window")), DPO(beta=0.2), preference_batch),
     "bradley_terry": (scorer, BradleyTerry(center=0.1), preference_batch),
-    **{
-        f"ppo-{kind}": (lambda kind=kind: actor_critic(kind), PPO, policy_batch)
-        for kind in ("head", "adapter", "separate")
-    },
+    **{f"ppo-{kind}": (partial(actor_critic, kind), PPO, policy_batch) for kind in ("head", "adapter", "separate")},
 }
 
 
@@ -96,9 +93,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     for name, value in left.items():
         scale = float(right[name].abs().max()) + 1e-4
-        torch.testing.assert_close(
-            value / scale, right[name] / scale, atol=3e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(value / scale, right[name] / scale, atol=3e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -134,28 +134,28 @@ def load_backbone(
     auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
     with _quiet():
         try:
-            hf, found = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"{name}: can't be opened: {error}") from error
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: can't be opened: {error}\n  weights must be safetensors, and whole") from error
+    network, found = loaded
     if missing := sorted(found["missing_keys"]):
         # transformers would fill them with random numbers and go on.
         kind = "a reward model" if scorer else "a language model"
         raise UserError(
             f"{name}: not {kind}: its weights lack {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
         )
-    network: Any = hf
     network.to(pick_device(device)).eval()
-    hf.requires_grad_(False)
+    network.requires_grad_(False)
     backbone = Backbone(
-        hf=hf, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
+        hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )
     backbone.self_test(say)
     if attention_layout == "packed" and backbone.mode == "padded":
