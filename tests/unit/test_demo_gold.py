@@ -194,10 +194,12 @@ def test_preferences_follow_bradley_terry():
 
 def test_draws_have_the_stated_frequency_and_follow_the_seed():
     p = JUDGE.preference_probability(0.3, 0.0)
-    draws = [JUDGE.draw(0.3, 0.0, generator) for generator in [random.Random(0)] for _ in range(4000)]
-    assert abs(sum(draws) / 4000 - p) < 4 * math.sqrt(p * (1 - p) / 4000)
+    generator = random.Random(0)
+    rankings = [JUDGE.rank([0.3, -0.5, 0.0], generator) for _ in range(4000)]
+    share = sum(r.index(0) < r.index(2) for r in rankings) / 4000
+    assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 4000)
     again = random.Random(0)
-    assert draws == [JUDGE.draw(0.3, 0.0, again) for _ in range(4000)]
+    assert rankings == [JUDGE.rank([0.3, -0.5, 0.0], again) for _ in range(4000)]
 
 
 @pytest.mark.parametrize("bad", [dict(n=0), dict(own=float("nan")), dict(own=float("-inf"))])

@@ -183,6 +183,10 @@ class RLConfig(MethodConfig):
     sampling: SamplingConfig = SamplingConfig()
     reference: ReferenceConfig = ReferenceConfig()
     critic: CriticConfig = CriticConfig()
+    share_backbone: bool = Field(
+        default=False,
+        description="hold the reward model as an adapter of the policy's backbone (both LoRA, one base)",
+    )
     max_logprob_gap: float = Field(
         default=0.1, gt=0, description="stop when mean |log-prob(learner) - log-prob(sampler)| is over this (nats)"
     )

@@ -12,24 +12,37 @@ from tether.core.errors import UserError, nearest
 from tether.core.protocols import Reward
 from tether.methods import parts
 from tether.methods.parts import Say
+from tether.models.backbone import Backbone
 from tether.models.load import load_scorer, resolve
 from tether.models.roles import Scorer
+from tether.models.shared import load_shared_scorer
 from tether.rewards.function import FunctionReward
 from tether.rewards.model import RewardModel
 from tether.rewards.rules import RULES
 
 
 def open_reward(
-    spec: Mapping[str, Any] | str, policy_tokenizer: Any, model: ModelConfig, tokens_per_micro_batch: int, say: Say
+    spec: Mapping[str, Any] | str,
+    policy_tokenizer: Any,
+    model: ModelConfig,
+    tokens_per_micro_batch: int,
+    say: Say,
+    *,
+    shared: Backbone | None = None,
 ) -> tuple[Reward, Scorer | None]:
     """The reward that ``spec`` names, and the reward model behind it where there is one: a folder or hub id, a row of
-    the rule table with its options, or the user's own function."""
+    the rule table with its options, or the user's own function. ``shared``: a backbone that a reward model trained with
+    LoRA is put on as an adapter, instead of being opened as a network of its own."""
     rule = open_rule(spec)
     if rule is not None:
         return rule, None
     assert isinstance(spec, str)
-    scorer = load_scorer(resolve(spec, say=say), dtype=model.dtype, device=model.device, say=say)
-    say(f"reward model: {spec}")
+    folder = resolve(spec, say=say)
+    if shared is not None:
+        scorer = load_shared_scorer(Path(folder), shared, "reward")
+    else:
+        scorer = load_scorer(folder, dtype=model.dtype, device=model.device, say=say)
+    say(f"reward model: {spec}" + (", an adapter of the policy's backbone" if shared else ""))
     return model_reward(scorer, policy_tokenizer, tokens_per_micro_batch), scorer
 
 

@@ -34,6 +34,7 @@ from tether.models.load import (
     save_scorer,
 )
 from tether.models.roles import Policy, Role, Scorer, new_head
+from tether.models.shared import save_adapter
 from tether.runs.folder import RunFolder, new_path
 from tether.runs.storage import remove_folder, write_text
 from tether.training.schedule import learning_rate
@@ -49,7 +50,7 @@ def speaker(quiet: bool) -> Say:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-def open_backbone(model: ModelConfig, say: Say) -> Backbone:
+def open_backbone(model: ModelConfig, say: Say, *, scorer: bool = False) -> Backbone:
     return load_backbone(
         model.name,
         dtype=model.dtype,
@@ -57,6 +58,7 @@ def open_backbone(model: ModelConfig, say: Say) -> Backbone:
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         attention_layout=model.attention,
+        scorer=scorer,
         say=say,
     )
 
@@ -262,7 +264,12 @@ def saver(role: Policy | Scorer, method: str, model: str, config: MethodConfig) 
 
     def save(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_policy(role, folder) if isinstance(role, Policy) else save_scorer(role, folder)
+        if isinstance(role, Policy):
+            save_policy(role, folder)
+        else:
+            save_scorer(role, folder)
+            if role.adapter is not None:
+                save_adapter(role, folder)
         (folder / "README.md").write_text(model_card(method, model, config), encoding="utf-8")
 
     return save

@@ -63,7 +63,12 @@ def run(
             temperature=config.sampling.temperature,
         )
         reward, scorer = open_reward(
-            config.reward, backbone.tokenizer, config.model, config.optim.tokens_per_micro_batch, say
+            config.reward,
+            backbone.tokenizer,
+            config.model,
+            config.optim.tokens_per_micro_batch,
+            say,
+            shared=backbone if config.share_backbone else None,
         )
         reference = None
         if "reference" in algorithm.needs:
@@ -160,6 +165,12 @@ def check_parts(config: RLConfig, algorithm: Algorithm) -> None:
         )
     if config.critic.kind == "adapter" and config.model.lora is None:
         raise UserError("critic.kind=adapter needs model.lora; or use critic.kind=head or separate")
+    if config.share_backbone and config.model.lora is None:
+        raise UserError(
+            "share_backbone needs model.lora: a policy that trains all weights would change the reward model"
+        )
+    if config.share_backbone and open_rule(config.reward) is not None:
+        raise UserError("share_backbone would be ignored: the reward is a rule, not a reward model; take it out")
     if config.model.lora is not None and config.model.lora.dropout > 0:
         raise UserError(
             f"model.lora.dropout={config.model.lora.dropout:g}: with dropout in the update, the log-probs would not be "
@@ -215,7 +226,8 @@ def open_critic(config: RLConfig, policy: Policy, scorer: Scorer | None, say: pa
         backbone, adapter = policy.backbone, parts.adapt(policy.backbone, lora, "critic")
     else:
         name = config.critic.name or (config.reward if scorer is not None else config.model.name)
-        backbone = parts.open_backbone(config.model.model_copy(update={"name": name}), say)
+        of_reward_model = config.critic.name is None and scorer is not None
+        backbone = parts.open_backbone(config.model.model_copy(update={"name": name}), say, scorer=of_reward_model)
         adapter = parts.adapt(backbone, lora, "critic")
     say(f"critic: {kind}" + (f", from {backbone.name}" if kind == "separate" else ""))
     return Scorer(backbone=backbone, head=parts.new_head(backbone, zero=True), adapter=adapter)

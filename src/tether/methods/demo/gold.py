@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # The thresholds below were set on answers of SmolLM2-135M-Instruct to these two, at temperature 0.5.
@@ -144,9 +144,11 @@ class GoldJudge:
         gap = (a - b) / self.temperature
         return 1.0 / (1.0 + math.exp(-gap)) if gap >= 0 else math.exp(gap) / (1.0 + math.exp(gap))
 
-    def draw(self, a: float, b: float, generator: random.Random) -> bool:
-        """One noisy judgement: True where a was preferred."""
-        return generator.random() < self.preference_probability(a, b)
+    def rank(self, gold: Sequence[float], generator: random.Random) -> list[int]:
+        """One noisy ranking of some answers, best first: by gold / temperature + Gumbel noise (Plackett-Luce). Any two
+        of them then compare by ``preference_probability`` (Luce 1959; Yellott 1977)."""
+        noisy = [g / self.temperature - math.log(-math.log(generator.random() or 1e-300)) for g in gold]
+        return sorted(range(len(gold)), key=lambda i: -noisy[i])
 
     def describe(self) -> str:
         """What the report says about the judge, in plain words."""

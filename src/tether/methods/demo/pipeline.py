@@ -119,7 +119,7 @@ def compare(demo: Demo) -> parts.Data:
     rollouts = demo.sample(demo.backbone, prompts, demo.scale.samples, demo.seed)
     with demo.clock("judge"):
         gold = demo.gold(rollouts).total
-    pairs = draw_pairs(rollouts, gold.tolist(), demo.scale.samples // 2, demo.seed)
+    pairs = draw_pairs(rollouts, gold.tolist(), demo.seed)
     print(f"   {len(pairs)} pairs from {len(prompts)} questions; {_ended(rollouts):.0%} of answers end by themselves")
     by_id = {p.id: p for p in prompts}
     with (demo.out / "pairs.jsonl").open("w", encoding="utf-8") as file:

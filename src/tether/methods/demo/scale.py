@@ -28,17 +28,17 @@ TOKENS_PER_MICRO_BATCH = 2048
 class Scale:
     """Numbers of everything. ``samples``: answers per training question, two to a pair."""
 
-    questions: int = 72
+    questions: int = 64
     samples: int = 4
-    ppo_steps: int = 8
+    ppo_steps: int = 6
     ppo_prompts: int = 10
     held_out: int = 64
     reward_epochs: float = 2.0
-    dpo_epochs: float = 2.0
+    dpo_epochs: float = 1.5
 
 
 FULL = Scale()
-QUICK = Scale(questions=28, ppo_steps=3, ppo_prompts=6, held_out=24)
+QUICK = Scale(questions=24, ppo_steps=3, ppo_prompts=6, held_out=24)
 
 
 def adapters() -> ModelConfig:
@@ -65,10 +65,10 @@ def dpo_config(out: Path, scale: Scale, seed: int) -> PreferenceConfig:
     return PreferenceConfig(
         model=adapters(),
         data=DataConfig(train=str(out / "pairs.jsonl")),
-        optim=OptimConfig(learning_rate=3e-4, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH, warmup=0.1),
+        optim=OptimConfig(learning_rate=8e-4, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH, warmup=0.1),
         loss={"type": "dpo", "beta": 0.1},
         epochs=scale.dpo_epochs,
-        prompts_per_step=16,
+        prompts_per_step=8,
         run=_run(out / "dpo", seed),
     )
 
@@ -78,11 +78,11 @@ def ppo_config(out: Path, scale: Scale, seed: int, *, anchored: bool) -> RLConfi
         model=adapters(),
         data=DataConfig(train=str(out / "prompts.jsonl")),
         optim=OptimConfig(
-            learning_rate=1e-3, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH, schedule="constant", warmup=0
+            learning_rate=7e-4, tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH, schedule="constant", warmup=0
         ),
         algorithm="ppo",
         overrides={
-            "kl_in_reward": 0.03 if anchored else 0.0,
+            "kl_in_reward": 0.5 if anchored else 0.0,
             "epochs_per_rollout": 1,
             "minibatches": 2,
         },
@@ -92,5 +92,6 @@ def ppo_config(out: Path, scale: Scale, seed: int, *, anchored: bool) -> RLConfi
         completions_per_prompt=4,
         sampling=SAMPLING,
         critic=CriticConfig(kind="head"),
+        share_backbone=True,
         run=_run(out / ("ppo" if anchored else "ppo-unanchored"), seed),
     )

@@ -86,21 +86,22 @@ class GoldReward:
         return torch.where(batch.loss_mask, self.logprobs(batch), 0.0).sum(dim=1).tolist()
 
 
-def draw_pairs(rollouts: Sequence[Rollout], gold: Sequence[float], per_question: int, seed: int) -> list[Group]:
-    """Disjoint pairs of each question's samples, labelled by the judge with Bradley-Terry noise. Completions are the
-    sampled tokens; a pair of equal answers teaches nothing and is left out. First chosen, then rejected."""
+def draw_pairs(rollouts: Sequence[Rollout], gold: Sequence[float], seed: int) -> list[Group]:
+    """The judge ranks the samples of each question, with Bradley-Terry noise; the best is paired with the worst, the
+    next best with the next worst, and so on. First chosen, then rejected; completions are the sampled tokens. A pair of
+    equal answers teaches nothing and is left out.
+    """
     judge, rng = GoldJudge(), random.Random(seed)
     by_group: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         by_group.setdefault(rollout.group, []).append(i)
     pairs: list[Group] = []
     for members in by_group.values():
-        for k in range(min(per_question, len(members) // 2)):
-            a, b = members[2 * k], members[2 * k + 1]
-            if rollouts[a].text == rollouts[b].text:
+        ranked = [members[i] for i in judge.rank([gold[i] for i in members], rng)]
+        for k in range(len(ranked) // 2):
+            chosen, rejected = rollouts[ranked[k]], rollouts[ranked[-1 - k]]
+            if chosen.text == rejected.text:
                 continue
-            first = judge.draw(gold[a], gold[b], rng)
-            chosen, rejected = (rollouts[a], rollouts[b]) if first else (rollouts[b], rollouts[a])
             pairs.append(
                 Group(
                     id=f"{chosen.prompt.id}:{k}",
