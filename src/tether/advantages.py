@@ -2,8 +2,8 @@
 
 Shared contract: ``rewards`` [B, T] per token, 0 or NaN on padded slots (the score on the last present token; a KL
 penalty per token already in); ``mask`` [B, T] True on the tokens that the policy chose; ``groups`` [B] any integers,
-equal for completions of one prompt; ``values`` [B, T] the critic before each token; ``bootstrap`` [B] its value after the last
-one, 0 (the default) where the completion ended. Result [B, T], 0 where ``mask`` is False, never with a gradient.
+equal for completions of one prompt; ``values`` [B, T] the critic before each token; ``bootstrap`` [B] its value after
+the last one, 0 (the default) where the completion ended. Result [B, T], 0 where ``mask`` is False, no gradient.
 
 Tokens that are present but not chosen (tool output) are no steps of their own: a reward on one belongs to the chosen
 token before it, and advantages pass through undiscounted.

@@ -4,13 +4,9 @@ completions a prompt gets, and how often a rollout is used. The loop reads the r
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from tether.advantages import GAE, RLOO, BatchMean, Estimator, GroupNormalised
-from tether.core.errors import UserError
 from tether.core.protocols import Loss
 from tether.losses.average import check_range
 from tether.losses.policy import PolicyGradient, PPOClip
@@ -94,59 +90,3 @@ _ROWS = (
 )
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}
-
-
-def with_overrides(algorithm: Algorithm, overrides: Mapping[str, Any]) -> Algorithm:
-    """A new row with some fields changed: ``{"kl_in_reward": 0.02, "loss.clip_high": 0.28}``; ``{"loss": {"clip_high":
-    0.28}}`` says the same. A whole object replaces a whole part: ``{"advantage": RLOO()}``.
-
-    Raises UserError for a field that does not exist, with the nearest one that does, and for a value that can't be.
-    """
-    known = dict(_paths(algorithm))
-    nested: dict[str, Any] = {}
-    for path, value in _flat(overrides):
-        if path not in known:
-            raise UserError(f'{algorithm.name} has no "{path}"{_meant(path, list(known))}; it has {", ".join(known)}')
-        branch = nested
-        *parents, last = path.split(".")
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-            if not isinstance(branch, dict):
-                raise UserError(f'"{path}" and "{parent}" are both given: leave one out')
-        if last in branch:
-            raise UserError(f'"{path}" is given twice, as a whole and in parts: leave one out')
-        branch[last] = value
-    try:
-        # All fields of one part at once: they may only be right together (average and fixed_length).
-        return _replaced(algorithm, nested)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{algorithm.name}: {error}") from error
-
-
-def _paths(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of ``part`` and of the dataclasses in it, dotted."""
-    for field in fields(part):
-        value = getattr(part, field.name)
-        yield prefix + field.name, value
-        if is_dataclass(value) and not isinstance(value, type):
-            yield from _paths(value, f"{prefix}{field.name}.")
-
-
-def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _replaced(part: Any, changes: Mapping[str, Any]) -> Any:
-    values = {k: _replaced(getattr(part, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return replace(part, **values)
-
-
-def _meant(path: str, known: list[str]) -> str:
-    """The same field elsewhere (clip_high -> loss.clip_high) before a field with a near name."""
-    last = path.rpartition(".")[2]
-    same = [k for k in known if k.rpartition(".")[2] == last] or difflib.get_close_matches(path, known, n=1, cutoff=0.5)
-    return f", did you mean {same[0]}?" if same else ""

@@ -43,10 +43,10 @@ ALIASES = {
     "ref_model": "reference.name",
     "reward_model": "reward",
     "beta": "loss.beta",
-    "kl_weight": "overrides.kl_weight",
+    "kl_weight": "overrides.loss.kl_weight",
     "kl_in_reward": "overrides.kl_in_reward",
-    "clip_low": "overrides.clip_low",
-    "clip_high": "overrides.clip_high",
+    "clip_low": "overrides.loss.clip_low",
+    "clip_high": "overrides.loss.clip_high",
 }
 
 
