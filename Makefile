@@ -18,7 +18,7 @@ PYTEST_ARGS ?=
 .PHONY: help setup fmt check test test-data bench docs demo torture
 
 help:
-	@echo "make demo       SFT, reward model, PPO and DPO on a small real model, ending in a report (ARGS=--quick: shorter)"
+	@echo "make demo       preferences, reward model, PPO and DPO on a small real model, ending in a report (ARGS=--quick: shorter)"
 	@echo "make test       all tests"
 	@echo "make check      formatting, lint, import layers, types"
 	@echo "make fmt        format the code and apply safe lint fixes"
