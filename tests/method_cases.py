@@ -57,7 +57,8 @@ def preferences(folder: Path) -> str:
 
 
 def questions(folder: Path, count: int = 8) -> str:
-    rows = ({"prompt": f"{WORDS[i % 8]} {i}?", "answer": str(i)} for i in range(count))
+    asked = ([{"role": "user", "content": f"{WORDS[i % 8]} {i}?"}] for i in range(count))
+    rows = ({"prompt": prompt, "answer": str(i)} for i, prompt in enumerate(asked))
     return write_rows(folder / "prompts.jsonl", rows)
 
 
@@ -81,7 +82,7 @@ def go(config: Any, **options: Any) -> Path:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def series(run: Path, name: str, split: str = "train") -> list[float]:

@@ -314,4 +314,4 @@ def describe_dry_run(config: MethodConfig, lines: Sequence[str], example: str) -
     print(resolve_yaml(config))
     for line in lines:
         print(line)
-    print(f"\none example, token by token:\n{example}")
+    print(f"\none example:\n{example}")

@@ -1,0 +1,208 @@
+"""Every row of the algorithm table raises a simple reward on the tiny model; what holds at the first step of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from method_cases import config, go, lines, preferences, questions, reward_file, series, write_rows
+
+from tether.algorithms import ALGORITHMS
+from tether.core.batches import PolicyBatch
+from tether.core.text import Message, Prompt
+from tether.methods.rl import PromptOrder
+from tether.training import online
+
+SHARE = "return [(c.count('t') + c.count('a')) / 8 for c in completions]"
+# steps, prompts a step, completions a prompt: three seeds of each rise by more than the test asks for.
+SIZES = {"reinforce": (24, 32, 1), "a2c": (30, 32, 1), "ppo": (12, 32, 1), "rloo": (20, 4, 8), "grpo": (20, 4, 8)}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_row_of_the_table_learns(algorithm, tiny_model_folder, tmp_path):
+    steps, prompts, completions = SIZES[algorithm]
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r",
+        algorithm=algorithm, reward=reward_file(tmp_path, SHARE), optim={"learning_rate": 1e-2},
+        steps=steps, prompts_per_step=prompts, completions_per_prompt=completions, sampling={"max_new_tokens": 8},
+    )  # fmt: skip
+    out = go(made)
+    rewards = series(out, "reward/mean")
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.4
+    # The policy is its reference at the start, and the sampler draws from the policy that is trained, at every step.
+    assert abs(series(out, "kl/reference")[0]) < 1e-4
+    assert series(out, "kl/reference")[-1] > 0.3
+    assert max(series(out, "sampler/gap_max")) < 1e-4
+    samples = lines(out / "samples.jsonl")
+    assert len(samples) == steps * prompts * completions
+    updates = ALGORITHMS[algorithm].updates_per_rollout
+    assert [row["policy_version"] for row in samples][:: prompts * completions] == [i * updates for i in range(steps)]
+    last = [row for row in samples if row["step"] == steps]
+    assert sum(row["reward"] for row in last) / len(last) == pytest.approx(rewards[-1], abs=1e-6)
+    assert all(row["reward"] == (row["completion"].count("t") + row["completion"].count("a")) / 8 for row in last)
+
+
+def spied(monkeypatch) -> list[PolicyBatch]:
+    """The batches that the updates of a run were made of."""
+    seen: list[PolicyBatch] = []
+    real = online._Loop._policy_batch
+
+    def spy(self, rollouts, scores):
+        batch, metrics = real(self, rollouts, scores)
+        seen.append(batch)
+        return batch, metrics
+
+    monkeypatch.setattr(online._Loop, "_policy_batch", spy)
+    return seen
+
+
+def test_score_and_kl_land_where_they_belong(tiny_model_folder, tmp_path, monkeypatch):
+    """Rewards to go of an untrained critic: the score minus the KL of the tokens from here to the end."""
+    seen = spied(monkeypatch)
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r",
+        algorithm="a2c", overrides={"kl_in_reward": 0.5}, reward=reward_file(tmp_path, SHARE),
+        critic={"kind": "separate"}, optim={"learning_rate": 3e-2}, steps=3, prompts_per_step=8,
+        sampling={"max_new_tokens": 6, "temperature": 0.7},
+    )  # fmt: skip
+    out = go(made)
+    scores = [row["reward"] for row in lines(out / "samples.jsonl")]
+    assert len(seen) == 3 and seen[0].values is not None and not seen[0].values.any()
+    for number, batch in enumerate(seen):
+        assert batch.ref_logprobs is not None and batch.sampler_logprobs is not None and batch.returns is not None
+        kl = torch.where(batch.loss_mask, batch.old_logprobs - batch.ref_logprobs, 0.0)
+        score = torch.tensor(scores[number * 8 : number * 8 + 8])
+        to_go = score[:, None] - 0.5 * kl.flip(1).cumsum(1).flip(1)
+        assert torch.allclose(batch.returns[batch.loss_mask], to_go[batch.loss_mask], atol=1e-5)
+        assert not batch.advantages[~batch.loss_mask].any()
+        assert (batch.old_logprobs - batch.sampler_logprobs)[batch.loss_mask].abs().max() < 1e-4
+    assert len({int(n) for batch in seen for n in batch.lengths}) > 1 or not (~seen[0].loss_mask).any()
+    kl = series(out, "kl/reference")
+    assert kl[0] == pytest.approx(0.0, abs=1e-4) and abs(kl[2]) > 1e-2
+
+
+def test_a_step_makes_the_planned_number_of_updates(tiny_model_folder, tmp_path, monkeypatch):
+    """Five prompts in four minibatches are four updates, each prompt in one of them, in every epoch."""
+    from tether.backends.local.learner import LocalLearner
+
+    rows: list[int] = []
+    real = LocalLearner.forward_backward
+
+    def spy(self, batch, loss, weight=1.0):
+        rows.append(batch.size)
+        return real(self, batch, loss, weight)
+
+    monkeypatch.setattr(LocalLearner, "forward_backward", spy)
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r", algorithm="grpo", steps=1, prompts_per_step=5,
+        completions_per_prompt=2, overrides={"minibatches": 4, "epochs_per_rollout": 2}, reward="target_length",
+        sampling={"max_new_tokens": 4},
+    )  # fmt: skip
+    go(made)
+    assert sorted(rows[:4]) == [2, 2, 2, 4] and sorted(rows[4:]) == [2, 2, 2, 4]
+
+
+def test_old_logprobs_are_those_of_the_start_of_the_step(tiny_model_folder, tmp_path):
+    """Were they of the policy as it moves, nothing would ever be clipped and the ratio would stay 1."""
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r", algorithm="ppo", steps=2, prompts_per_step=8,
+        reward=reward_file(tmp_path, SHARE), optim={"learning_rate": 1e-2}, sampling={"max_new_tokens": 6},
+    )  # fmt: skip
+    out = go(made)
+    row = lines(out / "metrics.jsonl")[1]["values"]
+    clipped = [value for name, value in row.items() if "clip" in name and "value" not in name]
+    assert clipped and max(clipped) > 0
+
+
+def test_prompts_come_epoch_by_epoch_and_never_twice_alike():
+    prompts = [Prompt(id=str(i), messages=(Message(role="user", content="x"),)) for i in range(5)]
+    order = PromptOrder(prompts, 3, seed=1)
+    drawn = [prompt.id for step in range(5) for prompt in order(step)]
+    assert sorted(drawn[:5]) == sorted(p.split("#")[0] for p in drawn[5:10]) == ["0", "1", "2", "3", "4"]
+    assert [p.id for p in order(3)] == [p.id for p in PromptOrder(prompts, 3, seed=1)(3)]
+    assert drawn != [p.id for step in range(5) for p in PromptOrder(prompts, 3, seed=2)(step)]
+    alone = PromptOrder(prompts[:1], 3, seed=0)
+    assert [p.id for p in alone(0)] == ["0", "0#2", "0#3"]
+
+
+def test_one_prompt_is_answered_anew_each_time(tiny_model_folder, tmp_path):
+    data = write_rows(tmp_path / "one.jsonl", [{"prompt": "what?"}])
+    made = config(
+        "rl", tiny_model_folder, data, tmp_path / "r", algorithm="reinforce", steps=1, prompts_per_step=6,
+        reward="target_length", sampling={"max_new_tokens": 8},
+    )  # fmt: skip
+    samples = lines(go(made) / "samples.jsonl")
+    assert len({row["completion"] for row in samples}) == 6
+
+
+def test_a_reward_model_folder_is_the_reward_and_the_critics_start(tiny_model_folder, tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForSequenceClassification
+
+    from tether.methods import rl
+    from tether.rewards.model import RewardModel
+
+    scored: list = []
+    real = RewardModel.__call__
+    monkeypatch.setattr(
+        RewardModel, "__call__", lambda self, rollouts: scored.append((rollouts, real(self, rollouts))) or scored[-1][1]
+    )
+    pairs = preferences(tmp_path)
+    scorer = go(config("reward", tiny_model_folder, pairs, tmp_path / "rm", optim={"learning_rate": 1e-3}))
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r", algorithm="ppo", steps=1, prompts_per_step=8,
+        reward=str(scorer), sampling={"max_new_tokens": 6},
+    )  # fmt: skip
+    out = rl.run(made)
+    said = capsys.readouterr().out
+    assert f"reward model: {scorer}" in said and f"critic: separate, from {scorer}" in said
+    # The scores are the reward model's own, at the last token that was sampled.
+    model = AutoModelForSequenceClassification.from_pretrained(scorer / "final").eval()
+    ((rollouts, found),) = scored
+    for rollout, score in zip(rollouts, found.total.tolist(), strict=True):
+        whole = torch.cat([rollout.prompt_tokens, rollout.tokens])[None]
+        with torch.no_grad():
+            assert score == pytest.approx(float(model.score(model.model(whole).last_hidden_state[0, -1])), abs=1e-4)
+    assert [row["reward"] for row in lines(out / "samples.jsonl")] == pytest.approx(found.total.tolist())
+
+
+def test_a_second_judge_watches_and_changes_nothing(tiny_model_folder, tmp_path):
+    from method_cases import same_weights
+
+    from tether.methods import rl
+    from tether.rewards.rules import TargetLength
+
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "a", algorithm="rloo", steps=2, prompts_per_step=2,
+        reward=reward_file(tmp_path, SHARE), sampling={"max_new_tokens": 6}, optim={"learning_rate": 1e-2},
+    )  # fmt: skip
+    plain = go(made)
+    watched = made.model_copy(update={"run": made.run.model_copy(update={"folder": str(tmp_path / "b")})})
+    other = rl.run(watched, quiet=True, watch=TargetLength(target=3))
+    assert same_weights(plain, other)
+    assert len(series(other, "reward/watched")) == 2 and series(other, "reward/mean") == series(plain, "reward/mean")
+
+
+def test_a_dry_run_of_rl_writes_nothing(tiny_model_folder, tmp_path, capsys):
+    made = config(
+        "rl",
+        tiny_model_folder,
+        questions(tmp_path),
+        tmp_path / "r",
+        reward="target_length",
+        steps=5,
+        prompts_per_step=2,
+    )
+    go(made, dry_run=True)
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "r").exists()
+    assert "grpo: 5 steps of 2 prompts × 8 completions = 16 rollouts" in shown and "<|im_start|>assistant" in shown
+
+
+def test_a_row_of_the_table_is_changed_by_overrides():
+    from tether.methods.rl import choose_algorithm
+
+    row = choose_algorithm("ppo", {"kl_in_reward": 0.5, "loss": {"clip_high": 0.3}})
+    plain = ALGORITHMS["ppo"]
+    assert row.kl_in_reward == 0.5 and row.loss.clip_high == 0.3  # type: ignore[attr-defined]
+    assert replace(row, kl_in_reward=plain.kl_in_reward, loss=plain.loss) == plain

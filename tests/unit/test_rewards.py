@@ -1,0 +1,270 @@
+"""Rules against cases done by hand; a user's function held to its contract; how a reward is named."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from method_cases import reward_file
+
+from tether.config.schema import ModelConfig
+from tether.core.errors import RewardFailure, UserError
+from tether.core.text import Message, Prompt, Rollout
+from tether.methods.judges import open_reward, open_rule
+from tether.rewards.function import FunctionReward
+from tether.rewards.rules import ExactNumber, Matches, TargetLength, last_number
+
+
+def rollout(text: str, name: str = "p", **metadata) -> Rollout:
+    return Rollout(
+        prompt=Prompt(id=name, messages=(Message(role="user", content=f"question {name}"),), metadata=metadata),
+        group=0,
+        prompt_tokens=torch.tensor([1]),
+        tokens=torch.tensor([5]),
+        sampled=torch.tensor([True]),
+        logprobs=torch.tensor([0.0]),
+        text=text,
+        finish_reason="stop",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("", None),
+        ("none at all", None),
+        ("It is 1,234.50.", 1234.5),
+        ("12,345,678 apples", 12345678),
+        ("first 3, then 4", 4),
+        ("1,2,3", 3),
+        ("x=-7", -7),
+        ("8-3", 3),
+        ("pages 3-5", 5),
+        ("f(2)-4", 4),
+        ("about .5", 0.5),
+        ("-0.25!", -0.25),
+        ("5.", 5),
+        ("$1,000", 1000),
+        ("9" * 400, math.inf),
+    ],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert last_number(text) == number
+
+
+def test_exact_number_compares_with_the_column():
+    rule = ExactNumber(column="answer")
+    texts = ["so 42", "42 or 43", "forty-two", "42.0000", "-42", "4,2"]
+    assert rule([rollout(t, answer="#### 42") for t in texts]).total.tolist() == [1, 0, 0, 1, 0, 0]
+    assert rule([rollout("1000", answer=1000)]).total.tolist() == [1]
+
+
+def test_exact_number_without_anything_to_compare_with_is_a_failure_not_a_zero():
+    with pytest.raises(RewardFailure, match=r"prompt q has no column 'answer'.*\['gold'\]"):
+        ExactNumber()([rollout("3", name="q", gold=3)])
+    with pytest.raises(RewardFailure, match="prompt q: its column 'answer' holds no number: 'three'"):
+        ExactNumber()([rollout("3", name="q", answer="three")])
+
+
+def test_matches_finds_the_pattern_anywhere():
+    rule = Matches(pattern=r"\bcats?\b")
+    assert rule([rollout(t) for t in ["a cat", "cats!", "concat", "Cat", ""]]).total.tolist() == [1, 1, 0, 0, 0]
+    with pytest.raises(UserError, match=r"not a regular expression.*'\('"):
+        Matches(pattern="(")
+
+
+def test_target_length_counts_words():
+    rule = TargetLength(target=4)
+    texts = ["one two three four", "one two", "", "a b c d e f g h"]
+    assert rule([rollout(t) for t in texts]).total.tolist() == [0, -0.5, -1, -1]
+    with pytest.raises(UserError, match="above 0, got 0"):
+        TargetLength(target=0)
+
+
+# -- a function of the user's own --------------------------------------------------------------------------------------
+
+
+def scores(function, rollouts=None) -> list[float]:
+    given = rollouts or [rollout("a", "p"), rollout("bb", "q")]
+    return FunctionReward(function=function, name="my.py:score")(given).total.tolist()
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [1, 2.0],
+        (1, 2),
+        torch.tensor([1, 2]),
+        torch.tensor([1.0, 2.0], requires_grad=True),
+        numpy.array([1.0, 2.0]),
+        [numpy.float32(1), torch.tensor(2.0)],
+    ],
+)
+def test_what_counts_as_scores(result):
+    assert scores(lambda prompts, completions: result) == [1.0, 2.0]
+
+
+def test_true_is_one_and_none_or_nan_is_unscored():
+    assert scores(lambda prompts, completions: [True, False]) == [1.0, 0.0]
+    found = scores(lambda prompts, completions: [None, float("nan")])
+    assert all(math.isnan(score) for score in found)
+
+
+BAD_VALUES = [math.inf, -math.inf, 1e300, 10**400, 1j, "1.0", b"1", [1.0], {}, object()]
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=[repr(v)[:12] for v in BAD_VALUES[:-1]] + ["object"])
+def test_a_value_that_is_no_finite_number_is_named_with_its_sample(value):
+    with pytest.raises(RewardFailure) as caught:
+        scores(lambda prompts, completions: [0.5, value])
+    message = str(caught.value)
+    assert "my.py:score returned" in message and "prompt q" in message and "'bb'" in message
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [([1.0], "1 values"), ([1, 2, 3], "3 values"), (None, "NoneType"), (3.0, "float"), ("ab", "str"), ({0: 1}, "dict")],
+)
+def test_a_result_of_the_wrong_shape_says_what_was_wanted(result, got):
+    with pytest.raises(RewardFailure, match=f"must return 2 numbers in a list, got {got}"):
+        scores(lambda prompts, completions: result)
+
+
+def raising(prompts, completions):
+    raise KeyError("no such thing")
+
+
+def leaving(prompts, completions):
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("function", "kind"), [(raising, "KeyError"), (leaving, "SystemExit")])
+def test_what_raises_or_exits_is_a_failure_that_names_function_and_sample(function, kind):
+    with pytest.raises(RewardFailure, match=rf"my.py:score raised {kind}(?s:.*)prompt p: 'a'"):
+        scores(function)
+
+
+def test_ctrl_c_inside_a_reward_is_no_reward_failure():
+    def interrupted(prompts, completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scores(interrupted)
+
+
+@pytest.mark.parametrize("then", ["returns", "raises"])
+def test_the_generators_of_the_run_are_left_alone(then):
+    def reseeding(prompts, completions):
+        torch.manual_seed(7)
+        random.seed(7)
+        numpy.random.seed(7)
+        if then == "raises":
+            raise ValueError
+        return [torch.rand(()).item(), random.random()]
+
+    def draws():
+        return torch.rand(3).tolist(), random.random(), numpy.random.rand()
+
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+    expected = draws()
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    numpy.random.set_state(before[2])
+    if then == "raises":
+        with pytest.raises(RewardFailure):
+            scores(reseeding)
+    else:
+        scores(reseeding)
+    assert draws() == expected
+
+
+def test_the_function_gets_what_it_asks_for_and_can_spoil_nothing():
+    rollouts = [rollout("a", "p", answer=["1"], level=1), rollout("b", "q", answer=["2"], level=2, extra=0)]
+    seen = {}
+
+    def named(prompts, completions, answer):
+        seen.update(prompts=list(prompts), completions=list(completions), answer=[list(a) for a in answer])
+        prompts.clear()
+        completions.append("x")
+        answer[0].append("spoiled")
+        return [0, 0]
+
+    scores(named, rollouts)
+    assert seen == {"prompts": ["question p", "question q"], "completions": ["a", "b"], "answer": [["1"], ["2"]]}
+    assert [r.prompt.metadata["answer"] for r in rollouts] == [["1"], ["2"]]
+    everything = {}
+    scores(lambda prompts, completions, **columns: everything.update(columns) or [0, 0], rollouts)
+    assert everything == {"answer": [["1"], ["2"]], "level": [1, 2]}
+
+
+# -- how a reward is named ---------------------------------------------------------------------------------------------
+
+
+def test_a_reward_is_a_rule_a_class_or_a_function(tmp_path):
+    assert open_rule("target_length") == TargetLength()
+    assert open_rule({"type": "target_length", "target": 5}) == TargetLength(target=5)
+    own = open_rule(reward_file(tmp_path, "return [len(c) for c in completions]"))
+    assert isinstance(own, FunctionReward)
+    assert own([rollout("abc")]).total.tolist() == [3.0]
+    assert open_rule(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("target_lenght", ["did you mean target_length?", "file.py:function"]),
+        ({"type": "target_length", "traget": 3}, ['unknown key "traget"', "did you mean target?"]),
+        ({"type": "target_length", "target": 0}, ["above 0"]),
+        ({"type": "matchs"}, ["did you mean matches?"]),
+        ("matches", ["matches needs pattern"]),
+        ("nowhere.py:score", ["no such file: nowhere.py"]),
+        ("nowhere.py", ["nowhere.py:FUNCTION"]),
+    ],
+)
+def test_a_wrong_name_says_the_nearest_right_one(spec, words):
+    with pytest.raises(UserError) as caught:
+        open_rule(spec)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_wrong_name_inside_a_file(tmp_path):
+    named = reward_file(tmp_path, "return [0] * len(completions)", name="names_inside.py")
+    (tmp_path / "names_inside.py").write_text((tmp_path / "names_inside.py").read_text() + "LIMIT = 3\n")
+    with pytest.raises(UserError, match="did you mean score"):
+        open_rule(named.replace(":score", ":scor"))
+    with pytest.raises(UserError, match="no function, it is int"):
+        open_rule(named.replace(":score", ":LIMIT"))
+
+
+def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tiny_model_folder, tiny_tokenizer, tmp_path):
+    """Its scores of sampled tokens are those of the text in its own tokens, by plain transformers."""
+    from conftest import build_model, build_tokenizer
+    from transformers import AutoModelForSequenceClassification
+
+    other = build_tokenizer()
+    other.add_tokens(["cat sat"])
+    folder = tmp_path / "rm"
+    other.save_pretrained(folder)
+    from transformers import LlamaForSequenceClassification
+
+    config = build_model().config
+    config.num_labels = 1
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    reward, scorer = open_reward(str(folder), tiny_tokenizer, ModelConfig(), 100, lambda text: None)
+    assert scorer is not None
+    rollouts = [rollout("the cat sat", "p"), rollout("no", "q")]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    expected = []
+    for r in rollouts:
+        text = f"<|im_start|>user\nquestion {r.prompt.id}<|im_end|>\n<|im_start|>assistant\n{r.text}<|im_end|>"
+        ids = other(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            hidden = plain.model(ids).last_hidden_state[0, -1]
+            expected.append(float(plain.score(hidden)))
+    assert reward(rollouts).total.tolist() == pytest.approx(expected, abs=1e-5)
