@@ -30,11 +30,11 @@ class Scale:
 
     questions: int = 64
     samples: int = 4
-    ppo_steps: int = 6
+    ppo_steps: int = 7
     ppo_prompts: int = 10
     held_out: int = 64
     reward_epochs: float = 2.0
-    dpo_epochs: float = 1.5
+    dpo_epochs: float = 1.25
 
 
 FULL = Scale()
@@ -82,7 +82,7 @@ def ppo_config(out: Path, scale: Scale, seed: int, *, anchored: bool) -> RLConfi
         ),
         algorithm="ppo",
         overrides={
-            "kl_in_reward": 0.5 if anchored else 0.0,
+            "kl_in_reward": 0.4 if anchored else 0.0,
             "epochs_per_rollout": 1,
             "minibatches": 2,
         },
