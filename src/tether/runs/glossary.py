@@ -20,6 +20,36 @@ METRICS: dict[str, Entry] = {
         "falling for sft, reward and preference; anywhere near 0 for rl",
         "for rl look at reward/mean and kl/reference instead; elsewhere, if it rises, halve optim.learning_rate",
     ),
+    "nll": Entry(
+        "mean negative log-likelihood of the trained tokens, nats per token (sft)",
+        "falling and levelling off; on held-out rows not rising again",
+        "held-out rising while training falls: fewer epochs, or more data",
+    ),
+    "margin": Entry(
+        "mean score of the chosen minus that of the rejected (reward models)",
+        "above 0 and rising, with an accuracy that rises too",
+        "rising on training rows alone: fewer epochs; growing without end: loss.center",
+    ),
+    "scores/chosen": Entry(
+        "mean score of the chosen completions; only differences mean something, the zero is arbitrary",
+        "above scores/rejected",
+        "below it: look for swapped labels (tether data inspect)",
+    ),
+    "scores/rejected": Entry(
+        "mean score of the rejected completions; only differences mean something, the zero is arbitrary",
+        "below scores/chosen",
+        "above it: look for swapped labels (tether data inspect)",
+    ),
+    "skipped_steps": Entry(
+        "1 where the step was skipped because its loss or gradient was not finite",
+        "0",
+        "lower optim.learning_rate; after optim.nonfinite_limit in a row the run stops",
+    ),
+    "kl/penalty": Entry(
+        "the KL to the reference that the loss penalises, nats per token",
+        "small and rising slowly",
+        "rising fast: raise overrides.loss.kl_weight or lower optim.learning_rate",
+    ),
     "accuracy": Entry(
         "share of trained tokens (sft) or of pairs (reward) that the model gets right",
         "rising; for pairs 0.6 to 0.8, as people themselves agree on about 3 of 4",
