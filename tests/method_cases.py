@@ -19,7 +19,7 @@ RUNS: dict[str, Callable[..., Path]] = {
     "preference": preference.run,
     "rl": rl.run,
 }
-WORDS = "cat dog mat one this that what then".split()
+WORDS = ["cat", "dog", "mat", "one", "this", "that", "what", "then"]
 # What the clock or the machine says may differ between two runs that are otherwise the same.
 CLOCKED = ("time/", "memory/", "tokens_per_second")
 

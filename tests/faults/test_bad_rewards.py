@@ -6,9 +6,9 @@ from zlib import crc32
 
 import pytest
 import torch
-from method_cases import config, go, lines, questions, reward_file, same_weights, series
 from typer.testing import CliRunner
 
+from method_cases import config, go, lines, questions, reward_file, same_weights, series
 from tether.cli.main import app
 from tether.core.errors import NumericStop, RewardFailure, UserError
 

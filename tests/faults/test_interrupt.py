@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from method_cases import config, demonstrations, go, lines, same_weights, unclocked
 
 import tether
+from method_cases import config, demonstrations, go, lines, same_weights, unclocked
 
 SOURCE = str(Path(tether.__file__).parents[1])
 # Long enough that the signal always meets a running step.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from method_cases import (
     Killed,
     config,
@@ -15,13 +16,11 @@ from method_cases import (
     lines,
     preferences,
     questions,
-    reward_file,
     same_weights,
     series,
     unclocked,
     weights,
 )
-
 from tether.core.errors import UserError
 
 LORA = {"lora": {"rank": 2}}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_cases import config, demonstrations, go, lines, preferences, series, weights, write_rows
 
+from method_cases import config, demonstrations, go, lines, preferences, series, weights, write_rows
 from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.methods.sample import given_prompts, open_sampler
@@ -79,8 +79,9 @@ def test_only_the_assistant_is_learnt(tiny_model_folder, tmp_path):
     """The same answers to other questions: with weights as they are, the loss counts the same tokens."""
     made = config("sft", tiny_model_folder, demonstrations(tmp_path), tmp_path / "r", prompts_per_step=8)
     first = series(go(made), "loss")[0]
-    from tether.data.chat import ChatTokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tether.data.chat import ChatTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_cases import config, go, lines, preferences, questions, reward_file, series, write_rows
 
+from method_cases import config, go, lines, preferences, questions, reward_file, series, write_rows
 from tether.algorithms import ALGORITHMS
 from tether.core.batches import PolicyBatch
 from tether.core.text import Message, Prompt
@@ -168,7 +168,6 @@ def test_a_reward_model_folder_is_the_reward_and_the_critics_start(tiny_model_fo
 
 def test_a_second_judge_watches_and_changes_nothing(tiny_model_folder, tmp_path):
     from method_cases import same_weights
-
     from tether.methods import rl
     from tether.rewards.rules import TargetLength
 

@@ -8,8 +8,8 @@ import random
 import numpy
 import pytest
 import torch
-from method_cases import reward_file
 
+from method_cases import reward_file
 from tether.config.schema import ModelConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.text import Message, Prompt, Rollout
@@ -243,8 +243,9 @@ def test_a_wrong_name_inside_a_file(tmp_path):
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text_anew(tiny_model_folder, tiny_tokenizer, tmp_path):
     """Its scores of sampled tokens are those of the text in its own tokens, by plain transformers."""
-    from conftest import build_model, build_tokenizer
     from transformers import AutoModelForSequenceClassification
+
+    from conftest import build_model, build_tokenizer
 
     other = build_tokenizer()
     other.add_tokens(["cat sat"])

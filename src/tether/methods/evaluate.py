@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from tether.config.schema import ModelConfig
+from tether.core.errors import RewardFailure
 from tether.core.protocols import Reward, SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.evals.diversity import distinct_n, unique_share
 from tether.evals.statistics import mean_interval
 from tether.evals.winrate import WinRate, compare
 from tether.methods import parts
-from tether.methods.judges import open_reward
+from tether.methods.judges import open_reward, open_rule
 from tether.methods.sample import given_prompts, open_sampler
+from tether.runs.log import plain
 
 TOKENS_PER_MICRO_BATCH = 8192
 
@@ -35,15 +39,20 @@ def run(
     """
     path = parts.new_file(out) if out is not None else None
     say = parts.speaker(False)
+    open_rule(judge)
     asked = given_prompts(prompts, [], n_prompts)
     ours, reward = _answers(model, asked, settings, seed, say, judge)
     assert reward is not None
     scores = reward(ours).total
     texts = [r.text for r in ours]
-    mean = mean_interval(scores)
+    scored = scores[scores.isfinite()]
+    if not len(scored):
+        raise RewardFailure(f"the judge {judge} scored none of the {len(ours)} answers")
+    mean = mean_interval(scored)
+    unscored = f" ({len(ours) - len(scored)} left unscored)" if len(scored) < len(ours) else ""
     print(
         f"{model}: mean score {mean.estimate:.3f} [{mean.low:.3f}, {mean.high:.3f}] by {judge}, "
-        f"over {len(ours)} prompts; "
+        f"over {len(scored)} prompts{unscored}; "
         f"{sum(len(r.tokens) for r in ours) / len(ours):.1f} tokens, "
         f"{100 * sum(r.finish_reason == 'length' for r in ours) / len(ours):.0f} % cut, "
         f"distinct-2 {distinct_n(texts):.2f}, unique {100 * unique_share(texts):.0f} %"
@@ -60,7 +69,7 @@ def run(
             f"{result.our_length:.1f} against {result.baseline_length:.1f}"
         )
     if path is not None:
-        _write(path, ours, theirs, reward, result)
+        _write(path, ours, scores, theirs, reward, result)
 
 
 def _answers(
@@ -75,10 +84,12 @@ def _answers(
     return sampler.sample(asked, n=1, settings=settings, seed=seed), reward
 
 
-def _write(path: Path, ours: list[Rollout], theirs: list[Rollout], reward: Reward, result: WinRate | None) -> None:
-    """One line per prompt, both answers and their scores; the summary last."""
-    our_scores = reward(ours).total.tolist()
-    their_scores = reward(theirs).total.tolist() if theirs else []
+def _write(
+    path: Path, ours: list[Rollout], scores: Tensor, theirs: list[Rollout], reward: Reward, result: WinRate | None
+) -> None:
+    """One line per prompt, both answers and their scores (null: unscored); the summary last."""
+    our_scores = plain(scores.tolist())
+    their_scores = plain(reward(theirs).total.tolist()) if theirs else []
     with path.open("w", encoding="utf-8") as file:
         for i, rollout in enumerate(ours):
             row = {
