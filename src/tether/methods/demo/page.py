@@ -164,5 +164,8 @@ def _disclosures(overoptimise: bool) -> tuple[str, ...]:
         "Win rates compare every answer with every start answer to the same question; intervals are over questions.",
     ]
     if overoptimise:
-        lines.insert(0, "The KL anchor was switched off on purpose: watch the proxy rise while the gold score falls.")
+        lines.insert(
+            0,
+            "The KL anchor was switched off on purpose, and PPO ran for longer: compare the proxy with the gold score.",
+        )
     return tuple(lines)
