@@ -100,7 +100,7 @@ def test_a_file_that_can_not_be_written_is_refused_before_the_work(command, name
 def test_evaluate_prints_the_win_rate_with_its_interval(tiny_model_folder, tmp_path, answers):
     said, _ = answers
     # Ours has the wanted 2 words 4 times of 6, the baseline once, and once both have: 3 won, 1 lost, 2 tied.
-    said += ["a b", "a b", "a b", "a b", "a", "a"] + ["a", "a", "a", "a b", "a b", "a"]
+    said += ["a b", "a b", "a b", "a b", "a", "a", "a", "a", "a", "a b", "a b", "a"]
     judge = reward_file(tmp_path, "return [float(len(c.split()) == 2) for c in completions]", name="two_words.py")
     out = tmp_path / "result.jsonl"
     result = tether(
