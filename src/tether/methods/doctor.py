@@ -13,7 +13,7 @@ from pathlib import Path
 import tether
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pydantic", "typer", "rich")
-FILES = ("pyyaml", "jinja2", "pyarrow", "matplotlib", "gguf")
+FILES = ("pyyaml", "jinja2", "pyarrow", "gguf")
 GIB = 2**30
 # The demo keeps three small models with their optimizer states, and a run folder.
 DEMO_MEMORY_GIB = 8

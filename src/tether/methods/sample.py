@@ -28,7 +28,7 @@ def given_prompts(path: str | None, texts: list[str], n_prompts: int | None = No
     prompts = list(read(path, "prompts", limit=n_prompts).records) if path else []
     prompts += [Prompt(id=f"argument:{i}", messages=(Message(role="user", content=t),)) for i, t in enumerate(texts)]
     if not prompts:
-        raise UserError("nothing to answer: give --prompt TEXT or --prompts FILE")
+        raise UserError("nothing to answer: write the prompt behind the command, or give --prompts FILE")
     return prompts
 
 
