@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_run_folder_is_whole(sft_run, tiny_model_folder):
     assert [row["step"] for row in lines(sft_run / "metrics.jsonl") if row["split"] == "train"] == list(range(1, 31))
 
     tokenizer = AutoTokenizer.from_pretrained(sft_run / "final")
-    model = AutoModelForCausalLM.from_pretrained(sft_run / "final").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(sft_run / "final").eval()
     assert model.dtype == torch.float32
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "what is cat?"}], add_generation_prompt=True, tokenize=False
