@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tether.algorithms import ALGORITHMS, Algorithm, with_overrides
+from tether.algorithms import ALGORITHMS, Algorithm
 from tether.core.batches import Batch, Outputs, PolicyBatch, PreferenceBatch
 from tether.losses import DPO, BradleyTerry
+from tether.methods.rl import choose_algorithm
 
 BETA = 0.5
 REWARD = torch.tensor([0.0, 1.0, 0.3, -0.5, 0.7, 0.2], dtype=torch.float64)
@@ -81,8 +82,7 @@ def learn(algorithm: Algorithm, reward: Tensor, rounds: int = 150, seed: int = 0
 
 def in_reward(name: str, **more: object) -> Algorithm:
     """A row with the KL in the reward, and nowhere else."""
-    changes = {"kl_in_reward": BETA, "loss.kl_weight": 0.0, **more}
-    return with_overrides(ALGORITHMS[name], changes)
+    return choose_algorithm(name, {"kl_in_reward": BETA, "loss": {"kl_weight": 0.0}, **more})
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
@@ -102,29 +102,29 @@ def test_ppo_in_minibatches_of_several_epochs() -> None:
 def test_kl_in_the_loss_reaches_it_too(estimator: str) -> None:
     """Without the std. A group mean that holds oneself shrinks the reward's gradient by (K − 1)/K: so does this β."""
     k = ALGORITHMS["grpo"].group_size
-    changes = {"advantage.std": False, "loss.kl_weight": BETA * (k - 1) / k, "loss.kl_estimator": estimator}
-    made = learn(with_overrides(ALGORITHMS["grpo"], changes), REWARD, rounds=300)
+    loss = {"kl_weight": BETA * (k - 1) / k, "kl_estimator": estimator}
+    made = learn(choose_algorithm("grpo", {"advantage": {"std": False}, "loss": loss}), REWARD, rounds=300)
     assert total_variation(made, optimum(REWARD)) < 0.02
 
 
 def test_k3_as_published_in_the_loss_ends_elsewhere() -> None:
     """The plain k3 pulls along the forward KL: another optimum."""
     k = ALGORITHMS["grpo"].group_size
-    changes = {"advantage.std": False, "loss.kl_weight": BETA * (k - 1) / k, "loss.kl_estimator": "k3"}
-    made = learn(with_overrides(ALGORITHMS["grpo"], changes), REWARD, rounds=300)
+    loss = {"kl_weight": BETA * (k - 1) / k, "kl_estimator": "k3"}
+    made = learn(choose_algorithm("grpo", {"advantage": {"std": False}, "loss": loss}), REWARD, rounds=300)
     assert total_variation(made, optimum(REWARD)) > 0.1
 
 
 def test_grpo_with_std_and_kl_in_the_loss_forgets_the_scale_of_the_reward() -> None:
     """Its end point is that of reward / std: ten times the reward leads to the same policy, and not to its π*."""
-    row = with_overrides(ALGORITHMS["grpo"], {"loss.kl_weight": BETA, "advantage.eps": 0.0})
+    row = choose_algorithm("grpo", {"loss": {"kl_weight": BETA}, "advantage": {"eps": 0.0}})
     one, ten = learn(row, REWARD), learn(row, 10 * REWARD)
     assert total_variation(one, ten) < 1e-6
     assert total_variation(ten, optimum(10 * REWARD)) > 0.1
 
 
 def test_no_anchor_collapses_on_the_best_answer() -> None:
-    assert float(learn(with_overrides(ALGORITHMS["rloo"], {"kl_in_reward": 0.0}), REWARD)[1]) > 0.9
+    assert float(learn(choose_algorithm("rloo", {"kl_in_reward": 0.0}), REWARD)[1]) > 0.9
 
 
 # Rewards in steps of log 3, so that 280 comparisons of each two answers hold exactly the Bradley-Terry shares.

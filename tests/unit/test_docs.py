@@ -62,5 +62,5 @@ def test_commands_exist_and_look_ups_work(command: str):
 def test_links_lead_somewhere(page: Path):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = [t for t in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in t]
-    missing = [t for t in targets if not (page.parent / t).exists() and not t.endswith("report.png")]
+    missing = [t for t in targets if not (page.parent / t).exists()]
     assert not missing

@@ -28,7 +28,7 @@ TOKENS_PER_MICRO_BATCH = 2048
 class Scale:
     """Numbers of everything. ``samples``: answers per training question, two to a pair."""
 
-    questions: int = 64
+    questions: int = 60
     samples: int = 4
     ppo_steps: int = 7
     # Without its anchor the policy is given longer, in DPO's time: going wrong takes a while.
