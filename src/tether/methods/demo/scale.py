@@ -40,7 +40,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(questions=24, ppo_steps=3, unanchored_steps=5, ppo_prompts=6, held_out=24)
+QUICK = Scale(questions=18, ppo_steps=3, unanchored_steps=5, ppo_prompts=5, held_out=16)
 
 
 def adapters() -> ModelConfig:
