@@ -71,7 +71,7 @@ def run(
             shared=backbone if config.share_backbone else None,
         )
         reference = None
-        # Whoever watches a run wants its KL too, also where nothing is held to it: that is what over-optimisation costs.
+        # Whoever watches a run wants its KL too, also where nothing is held to it.
         if "reference" in algorithm.needs or watch is not None:
             frozen = parts.frozen_reference(policy, config.reference.name, config.model, say)
             reference = parts.logprobs_of(frozen, config.optim.tokens_per_micro_batch)
