@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -88,10 +88,19 @@ class SamplingSettings:
 class Sampler(Protocol):
     """Draws ``n`` completions per prompt with the learner's live weights; group i belongs to prompt i.
 
-    Deterministic per (seed, prompt id, sample index), whatever shares the batch.
+    Deterministic per (seed, prompt id, sample index), whatever shares the batch. ``finished`` is told each rollout as
+    soon as its last token is drawn, in the order in which they end, so that other work can go on beside the drawing.
     """
 
-    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]: ...
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        settings: SamplingSettings,
+        seed: int,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]: ...
 
 
 class Learner(Protocol):

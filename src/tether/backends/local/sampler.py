@@ -30,6 +30,9 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""
     text: str | None = None
+    rollout: Rollout | None = None
+    # Who hears of the rollout as soon as it is whole.
+    told: Callable[[Rollout], None] | None = None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,7 +45,15 @@ class LocalSampler:
     policy_version: Callable[[], int] = lambda: 0
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        settings: SamplingSettings,
+        seed: int,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
         """``n`` completions of each prompt, group by group. The draw of sample i of a prompt depends on
         (seed, prompt id, i) and the weights alone."""
         rows: list[Row] = []
@@ -64,6 +75,7 @@ class LocalSampler:
                         group=group,
                         prompt_tokens=tokens,
                         uniforms=uniforms(seed, prompt.id, index, room),
+                        told=finished,
                     )
                 )
         if not rows:
@@ -75,7 +87,7 @@ class LocalSampler:
                 from tether.backends.local.padded_sampler import run_padded
 
                 run_padded(self, rows, settings)
-        return [self._rollout(row) for row in rows]
+        return [row.rollout for row in rows if row.rollout is not None]
 
     def _run(self, rows: list[Row], settings: SamplingSettings) -> None:
         waiting = deque(rows)
@@ -158,6 +170,10 @@ class LocalSampler:
                 row.finish_reason, row.text = "stop", text
             elif len(row.tokens) == len(row.uniforms):
                 row.finish_reason = "length"
+            if row.finish_reason:
+                row.rollout = self._rollout(row)
+                if row.told is not None:
+                    row.told(row.rollout)
 
     def _stopped(self, row: Row, stops: tuple[str, ...]) -> str | None:
         """The text before the first stop string, once one has appeared."""
