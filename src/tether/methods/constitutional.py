@@ -22,6 +22,7 @@ from tether.core.text import Message, Prompt
 from tether.data.readers import read
 from tether.evals.winrate import PairwiseJudge, both_orders, position_sentence
 from tether.methods import parts
+from tether.methods.judge_counts import record
 from tether.methods.judge_local import LocalSource
 from tether.methods.judge_models import PairJudge, build_pair_judge, open_endpoint
 from tether.rewards.judges.ask import Asker, Conversation
@@ -90,6 +91,7 @@ def run(config: ConstitutionalConfig, *, resume: bool = False, dry_run: bool = F
         preferences = _prefer(revised, judge, principles, config.run.seed, provenance, left, say)
         _write(folder.path / "sft.jsonl", demonstrations)
         _write(folder.path / "preferences.jsonl", preferences)
+        record(folder, {**writer.tally.counts("writer"), **judge.counts()})
         say(f"{len(demonstrations)} demonstrations, {len(preferences)} preferences; left out: {_causes(left)}")
         _show(revised, say)
     return path

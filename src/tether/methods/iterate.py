@@ -32,11 +32,14 @@ from tether.methods.judges import open_pair_judge, open_rule
 from tether.methods.rl_parts import PromptOrder, both, open_prompts
 from tether.models.load import resolve
 from tether.models.roles import Policy
+from tether.rewards.judges.ask import sentence
+from tether.rewards.meter import Meter, added
 from tether.runs.folder import RunFolder
 from tether.runs.log import MetricsLog, SamplesLog, plain, read_lines
 from tether.runs.storage import write_folder, write_text
 
 SAMPLES = 16  # completions of a round that the report shows
+SPLITS = ("eval", "train")
 
 
 def run(config: IterateConfig, *, resume: bool = False, dry_run: bool = False, quiet: bool = False) -> Path:
@@ -121,6 +124,7 @@ def _answered(
     if not summary.exists():
         place.mkdir(parents=True, exist_ok=True)
         generator = _generator(config, folder, number, chat, say)
+        meter = Meter([generator.reward])
         seed = config.run.seed * 1_000_003 + number
         settings, n = config.sampling.settings(), config.rounds.completions
         taken = stream((number - 1) * config.rounds.prompts, config.rounds.prompts)
@@ -128,7 +132,7 @@ def _answered(
         pools = [candidates[i : i + n] for i in range(0, len(candidates), n)]
         tokens = {id(c): r for c, r in zip(candidates, rollouts, strict=True)}
         relative = open_pair_judge(config.reward) is not None
-        found: dict[str, Any] = {"train": measured(pools, relative=relative)}
+        found: dict[str, Any] = {"train": measured(pools, relative=relative) | meter()}
         if number <= config.rounds.count:
             rows, found["left_out"] = pairs_of(pools, tokens, config.rounds.pairs_per_prompt, config.run.seed)
             found["train"] |= made(rows, found["left_out"])
@@ -136,6 +140,7 @@ def _answered(
         if held_out:
             judged = generator.draw(held_out, n, settings, seed)[1]
             found["eval"] = measured([judged[i : i + n] for i in range(0, len(judged), n)], relative=relative)
+            found["eval"] |= meter()
         found["samples"] = [_sample(c) for c in candidates[:SAMPLES]]
         write_rows(place / "candidates.jsonl", [_scored(pool) for pool in pools])
         # Written last: a round without it is sampled anew.
@@ -311,7 +316,7 @@ def _record(folder: RunFolder, step: int, found: Mapping[str, Any]) -> None:
             samples.append(step, "train", sample)
         samples.close()
     metrics = MetricsLog(folder.metrics)
-    for split in ("eval", "train"):
+    for split in SPLITS:
         if split in found and (step, split) not in known:
             metrics.append(step, split, found[split])
     metrics.close()
@@ -328,6 +333,7 @@ def _sentence(config: IterateConfig, number: int, found: Mapping[str, Any]) -> s
             f"{numbers['reward/worst']:.4f}), "
         )
     said = f"{when}: {reward}{numbers['rollout/length']:.0f} tokens, {100 * numbers['rollout/truncated']:.0f} % cut"
-    if number > config.rounds.count:
-        return said
-    return f"{said}; {numbers['pairs/made']:.0f} pairs; left out: {causes(found['left_out'])}"
+    if number <= config.rounds.count:
+        said += f"; {numbers['pairs/made']:.0f} pairs; left out: {causes(found['left_out'])}"
+    judged = [{n: v for n, v in found.get(split, {}).items() if n.startswith("judge/")} for split in SPLITS]
+    return f"{said}; judge: {sentence(counts)}" if (counts := added(judged)) else said

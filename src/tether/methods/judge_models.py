@@ -73,12 +73,16 @@ class JudgeModel:
         cache = AnswerCache(path=Path(self.cache).expanduser() if self.cache else cache_folder() / "answers.sqlite")
         if self.endpoint is None:
             settings = SamplingSettings(temperature=0.0, max_new_tokens=limit)
-            return Asker(source=LocalSource.open(ModelConfig(name=self.name), settings), cache=cache)
-        return open_endpoint(self._endpoint(), {"temperature": 0, "max_tokens": limit}, cache)
+            return Asker(source=LocalSource.open(ModelConfig(name=self.name), settings), cache=cache, tally=self.tally)
+        return open_endpoint(self._endpoint(), {"temperature": 0, "max_tokens": limit}, cache, self.tally)
 
-    @property
+    @cached_property
     def tally(self) -> Tally:
-        return self.asker.tally
+        return Tally()
+
+    def counts(self) -> dict[str, float]:
+        """What this judge was asked, as metrics."""
+        return self.tally.counts()
 
     def _read(self, questions: Sequence[Question], read: Callable[[str | None, str], list[float]]) -> Tensor:
         """What ``read`` finds in each reply with its question's code, [N, K] float64; texts without it are counted."""
@@ -99,9 +103,12 @@ class JudgeModel:
         return found
 
 
-def open_endpoint(endpoint: Endpoint, settings: Mapping[str, Any], cache: AnswerCache | None) -> Asker:
+def open_endpoint(
+    endpoint: Endpoint, settings: Mapping[str, Any], cache: AnswerCache | None, tally: Tally | None = None
+) -> Asker:
     source = EndpointSource(endpoint=endpoint, settings=settings)
-    return Asker(source=source, cache=cache, price_in=endpoint.price_in, price_out=endpoint.price_out)
+    prices = {"price_in": endpoint.price_in, "price_out": endpoint.price_out}
+    return Asker(source=source, cache=cache, tally=tally or Tally(), **prices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,9 @@ from torch import Tensor
 from tether.core.errors import RewardFailure
 from tether.core.protocols import Reward, Scores
 from tether.core.text import Rollout
+from tether.rewards.beside import Beginning, Beside
 from tether.rewards.function import checked
+from tether.rewards.meter import counted
 
 # What a part's own value is called beside its contribution to the total.
 RAW = ".raw"
@@ -150,6 +152,12 @@ class Sum:
     parts: Mapping[str, Part]
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
+        try:
+            return self._scores(rollouts)
+        finally:
+            self.forget()
+
+    def _scores(self, rollouts: Sequence[Rollout]) -> Scores:
         total = torch.zeros(len(rollouts))
         found: dict[str, Tensor] = {}
         asked = torch.ones(len(rollouts), dtype=torch.bool)
@@ -183,6 +191,40 @@ class Sum:
         for inner, part in scores.parts.items():
             found[f"{name}.{inner}"] = torch.full_like(values, math.nan).masked_scatter(asked, part)
         return values.masked_scatter(asked, scores.total)
+
+    def counts(self) -> dict[str, float]:
+        """What the gates and parts counted of their asking, together."""
+        return counted(entry.reward for entry in (*self.gates.values(), *self.parts.values()))
+
+    # -- beside the sampling -------------------------------------------------------------------------------------------
+
+    def begin(self, rollout: Rollout) -> None:
+        """Begin with what is sure to be asked: the first gate, and what stands behind it once it is passed."""
+        self._begin(rollout, tuple(self.gates.values()))
+
+    def _begin(self, rollout: Rollout, gates: Sequence[Gate]) -> None:
+        """``gates``: those that are not passed yet; the parts where there are none."""
+        if not gates:
+            for part in self.parts.values():
+                if isinstance(part.reward, Beginning):
+                    part.reward.begin(rollout)
+            return
+        first, *behind = gates
+
+        def passed(scores: Scores) -> None:
+            if float(scores.total) == 1:
+                self._begin(rollout, behind)
+
+        if isinstance(first.reward, Beside):
+            first.reward.begin(rollout, passed)
+        elif isinstance(first.reward, Beginning):  # a sum: what is behind it waits until it is asked
+            first.reward.begin(rollout)
+
+    def forget(self) -> None:
+        """Gates first: one that is still being asked may begin what is behind it."""
+        for entry in (*self.gates.values(), *self.parts.values()):
+            if isinstance(entry.reward, Beginning):
+                entry.reward.forget()
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

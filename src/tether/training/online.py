@@ -24,6 +24,7 @@ from tether.core.protocols import Reward, Sampler, SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.losses.supervised import CrossEntropy
 from tether.rewards.compose import Remembering
+from tether.rewards.meter import Meter
 from tether.rewards.penalties import distinct
 from tether.runs.log import plain
 from tether.runs.storage import write_folder, write_text
@@ -118,6 +119,7 @@ class _Loop:
         self.history: float | None = None
         self.guards = Watch(job.guards, lambda text: session.progress.note(text)) if job.guards is not None else None
         self.at = 0
+        self.meter = Meter([job.reward, job.watch, None if job.held_out is None else job.held_out.judge])
         self.collect = Collector(
             algorithm=job.algorithm,
             prompts=job.prompts,
@@ -167,7 +169,7 @@ class _Loop:
         if isinstance(self.job.reward, Remembering):
             self.job.reward.advance(found.scores.parts)
         self.at = step
-        numbers = {**values(metrics), **values(update), **stepped, **counts}
+        numbers = {**values(metrics), **values(update), **stepped, **counts, **self.meter()}
         if self.guards is not None:
             numbers |= self.guards.step(step, numbers)
             self.session.enough = self.guards.stop
@@ -189,7 +191,7 @@ class _Loop:
 
             write_folder(session.folder.path / "best", write)
             session.progress.say(f"the held-out judge likes step {self.at} best so far: {session.folder.path / 'best'}")
-        return numbers | more
+        return numbers | more | self.meter()
 
     def _policy_batch(self, found: Scored) -> tuple[PolicyBatch, Metrics]:
         job, algorithm = self.job, self.job.algorithm

@@ -37,16 +37,25 @@ class Tally:
     completion_tokens: int = 0
     cost: float = 0.0
 
+    def counts(self, who: str = "judge") -> dict[str, float]:
+        """As metrics ``who/...``; tokens and cost from the moment there are any."""
+        always = {"requests": self.asked, "cached": self.cached, "refused": self.refused, "unparsed": self.unparsed}
+        some = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "cost": self.cost}
+        return {f"{who}/{name}": float(n) for name, n in {**always, **some}.items() if name in always or n}
+
     def sentence(self) -> str:
         """One line for a person."""
-        tokens = f"{self.prompt_tokens} + {self.completion_tokens} tokens" + (
-            f", cost {self.cost:.4g}" if self.cost else ""
-        )
-        parts = [f"{self.asked} asked" + (f" ({tokens})" if self.prompt_tokens or self.completion_tokens else "")]
-        parts += [f"{self.cached} from the cache"] if self.cached else []
-        parts += [f"{self.refused} without an answer"] if self.refused else []
-        parts += [f"{self.unparsed} without a verdict"] if self.unparsed else []
-        return ", ".join(parts)
+        return sentence(self.counts())
+
+
+def sentence(counts: Mapping[str, float], who: str = "judge") -> str:
+    """``Tally.counts``, of a whole run or of one step, as one line for a person."""
+    n = {name.removeprefix(f"{who}/"): count for name, count in counts.items()}
+    tokens = [f"{n.get('prompt_tokens', 0):.0f} + {n.get('completion_tokens', 0):.0f} tokens"]
+    tokens += [f"cost {n['cost']:.4g}"] if n.get("cost") else []
+    told = f" ({', '.join(tokens)})" if n.get("prompt_tokens") or n.get("completion_tokens") else ""
+    rest = {"cached": "from the cache", "refused": "without an answer", "unparsed": "without a verdict"}
+    return ", ".join([f"{n['requests']:.0f} asked{told}", *(f"{n[k]:.0f} {v}" for k, v in rest.items() if n.get(k))])
 
 
 @dataclass(kw_only=True, eq=False)

@@ -105,6 +105,46 @@ REWARDS: dict[str, Entry] = {
         "0",
         "1 for many steps: a stronger KL anchor, a lower optim.learning_rate, or another limit",
     ),
+    "judge/requests": Entry(
+        "questions that a judge (a language model) was asked in this step; judges in one reward are counted together",
+        "two for each pair and one for each scored completion, less what was in the cache",
+        "many more: a wide rubric with verdict=logprob asks once a criterion",
+    ),
+    "judge/cached": Entry(
+        "questions of this step whose answer was in the judge's cache, so that nothing was asked",
+        "0 where the policy learns; most of them after a resume",
+        "most of them in every step: the policy repeats itself; see rollout/unique",
+    ),
+    "judge/refused": Entry(
+        "questions that the judge left without a text: refused, or too long for it",
+        "0",
+        "sampling.max_new_tokens may be too large for the judge's context; else read the endpoint's own log",
+    ),
+    "judge/unparsed": Entry(
+        "answers of the judge in which no verdict was found, from the cache or not; they are never a score",
+        "below 1 % of judge/requests + judge/cached",
+        "more: a judge that follows a format, a larger max_new_tokens, or verdict=logprob (local judges)",
+    ),
+    "judge/prompt_tokens": Entry(
+        "tokens that the judge read in this step, as it counts them; those of cached answers are not among them",
+        "steady",
+        "rising: the completions grow; see rollout/length",
+    ),
+    "judge/completion_tokens": Entry(
+        "tokens that the judge wrote in this step",
+        "steady, far below judge/prompt_tokens",
+        "many: a smaller max_new_tokens, unless judge/unparsed rises by it",
+    ),
+    "judge/cost": Entry(
+        "what this step's tokens cost by the endpoint's price_in and price_out, in their currency",
+        "as planned: times the steps that are left, it is what the run will still cost",
+        "too much: fewer completions_per_prompt, a cheaper judge, or a reward model trained on its verdicts",
+    ),
+    "writer/*": Entry(
+        "the same as judge/*, of the model that answers, criticises and revises (tether constitutional)",
+        "one request an answer, and two a revision",
+        "as for judge/*",
+    ),
     "reward/*": Entry(
         "mean of what one named part (or gate) adds to the reward",
         "the parts that are meant to rise do, and no part pays for the others",
