@@ -112,6 +112,13 @@ def evaluate(
     ],
     model: Model = EMBEDDED,
     baseline: Annotated[str | None, typer.Option(help="Compare with this model; empty: scores only.")] = None,
+    pass_at: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="K", help="pass@K by a verifier (1: right, 0: wrong); repeatable."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Answers to each prompt, with --pass-at; empty: its largest K.")
+    ] = None,
     n_prompts: Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts.")] = None,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -119,16 +126,26 @@ def evaluate(
     max_new_tokens: MaxNewTokens = 256,
     stop: Stop = None,
     seed: Seed = 0,
-    out: Annotated[str | None, typer.Option(help="Write the judged pairs and the result here.")] = None,
+    system: System = None,
+    out: Annotated[str | None, typer.Option(help="Write the judged answers and the result here.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Win rate against a baseline with its interval, judged in both orders."""
+    """Win rate against a baseline with its interval, judged in both orders; or pass@k."""
+    if samples is not None and not pass_at:
+        raise UserError("--samples would be ignored: only --pass-at K draws several answers to a prompt; take it out")
     settings = settings_of(temperature, top_p, top_k, max_new_tokens, stop)
+    if pass_at:
+        from tether.methods.evaluate_pass import run as run_pass
+
+        return run_pass(
+            model=model, baseline=baseline, prompts=prompts, judge=judge, n_prompts=n_prompts, samples=samples,
+            ks=pass_at, settings=settings, seed=seed, system=system, out=out,
+        )  # fmt: skip
     from tether.methods.evaluate import run
 
     run(
         model=model, baseline=baseline, prompts=prompts, judge=judge, n_prompts=n_prompts, settings=settings,
-        seed=seed, out=out,
+        seed=seed, system=system, out=out,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tether.core.errors import UserError
+from tether.core.pass_at import pass_at_k as pass_at_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +96,6 @@ def reached(counts: Sequence[int], share: float = 0.9) -> int:
     """The largest n that at least ``share`` of the prompts have samples for; 0 where none has any."""
     ordered = sorted(counts, reverse=True)
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else 0
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """1 − C(n − c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one (Chen 2021, eq. 1).
-    Unbiased for k fresh samples."""
-    if not 0 <= right <= n:
-        raise UserError(f"pass@k: {right} right of {n} samples can't be")
-    if not 1 <= k <= n:
-        raise UserError(f"pass@{k} needs at least {k} samples of each prompt, got {n}")
-    return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority_share(answers: Sequence[Hashable | None], right: Hashable) -> float:

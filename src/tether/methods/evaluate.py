@@ -35,6 +35,7 @@ def run(
     n_prompts: int | None,
     settings: SamplingSettings,
     seed: int,
+    system: str | None,
     out: str | None,
 ) -> None:
     """Sample one answer per prompt from each side, judge them, print the result; write everything to ``out``.
@@ -49,12 +50,12 @@ def run(
         if baseline is None:
             raise UserError("a pair_judge compares two answers: give --baseline MODEL, or use type: judge for scores")
         asked = given_prompts(prompts, [], n_prompts)
-        sides = [_answers(name, asked, settings, seed, say, None)[0] for name in (model, baseline)]
+        sides = [_answers(name, asked, settings, seed, system, say, None)[0] for name in (model, baseline)]
         return _compared(model, baseline, sides, pair_judge, seed, path)
     open_rule(spec, "judge")
     check_no_memory(spec, "evaluate", "judge")
     asked = given_prompts(prompts, [], n_prompts)
-    ours, reward = _answers(model, asked, settings, seed, say, spec)
+    ours, reward = _answers(model, asked, settings, seed, system, say, spec)
     assert reward is not None
     scores = reward(ours).total
     texts = [r.text for r in ours]
@@ -73,7 +74,7 @@ def run(
     theirs: list[Rollout] = []
     result: WinRate | None = None
     if baseline is not None:
-        theirs, _ = _answers(baseline, asked, settings, seed, say, None)
+        theirs, _ = _answers(baseline, asked, settings, seed, system, say, None)
         result = compare(ours, theirs, reward, seed=seed)
         _print_rate(model, baseline, result)
     if isinstance(reward, Judge):
@@ -118,10 +119,11 @@ def _answers(
     asked: list[Prompt],
     settings: SamplingSettings,
     seed: int,
+    system: str | None,
     say: parts.Say,
     judge: Mapping[str, Any] | str | None,
 ) -> tuple[list[Rollout], Reward | None]:
-    sampler = open_sampler(name, None, settings, say)
+    sampler = open_sampler(name, system, settings, say)
     reward = None
     if judge is not None:
         reward, _ = open_reward(
