@@ -30,7 +30,7 @@ def answers(monkeypatch):
     said: list[str | tuple[str, str]] = []
     asked: list[tuple[str, int]] = []
 
-    def sample(self, prompts, *, n, settings, seed):
+    def sample(self, prompts, *, n, settings, seed, finished=None):
         rollouts = []
         for group, prompt in enumerate(prompts):
             asked.append((prompt.id, n))

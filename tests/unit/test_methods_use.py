@@ -25,7 +25,7 @@ def answers(monkeypatch):
     said: list[str] = []
     asked: list[Prompt] = []
 
-    def sample(self, prompts, *, n, settings, seed):
+    def sample(self, prompts, *, n, settings, seed, finished=None):
         rollouts = []
         for group, prompt in enumerate(prompts):
             asked.append(prompt)

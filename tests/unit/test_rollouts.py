@@ -42,10 +42,21 @@ class Written:
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], int, SamplingSettings, int]] = []
 
-    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        settings: SamplingSettings,
+        seed: int,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
         self.calls.append(([p.id for p in prompts], n, settings, seed))
         kind = "greedy" if settings.temperature == 0 else "drawn"
-        return [rollout(p, g, f"{kind} {p.id} {i}", 2 + i) for g, p in enumerate(prompts) for i in range(n)]
+        drawn = [rollout(p, g, f"{kind} {p.id} {i}", 2 + i) for g, p in enumerate(prompts) for i in range(n)]
+        for one in drawn if finished is not None else ():
+            finished(one)
+        return drawn
 
 
 def by_prompt(score: Callable[[str, str, int], float]) -> Callable[[Sequence[Rollout]], Scores]:

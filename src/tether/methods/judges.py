@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from tether.models.backbone import Backbone
 from tether.models.load import load_scorer, resolve
 from tether.models.roles import Scorer
 from tether.models.shared import load_shared_scorer
+from tether.rewards.beside import put_beside
 from tether.rewards.compose import Gate, GateOptions, Part, PartOptions, Sum
-from tether.rewards.ensemble import Ensemble, EnsembleOptions
+from tether.rewards.ensemble import Ensemble, EnsembleOptions, Heads
 from tether.rewards.function import FunctionOptions, FunctionReward, OwnReward
 from tether.rewards.model import FILE, RewardModel, ScoreScale
 from tether.rewards.penalties import PENALTIES
@@ -59,12 +61,14 @@ def open_reward(
             scorer = load_shared_scorer(Path(folder), shared, role)
         else:
             scorer = load_scorer(folder, dtype=model.dtype, device=model.device, say=say)
-        say(f"reward model: {name}" + (", an adapter of the policy's backbone" if shared else ""))
+        heads = f", {scorer.heads} heads" if scorer.heads > 1 else ""
+        say(f"reward model: {name}{heads}" + (", an adapter of the policy's backbone" if shared else ""))
         wanted = scaled if own_scale is None else own_scale
         scale = ScoreScale.load(Path(folder)) if wanted else None
         if scale is not None:
             measured = f"as measured on {scale.completions} completions"
-            say(f"  reward = (score - {scale.mean:.3g}) / {scale.std:.3g}, {measured}")
+            score = "score" if not heads else "mean of the heads, or each likewise: score"
+            say(f"  reward = ({score} - {scale.mean:.3g}) / {scale.std:.3g}, {measured}")
         elif wanted:
             say(f"  reward = score: no {FILE} in {name}, so kl_in_reward is in its units")
         scorers.append(scorer)
@@ -73,7 +77,7 @@ def open_reward(
     open_rule(spec, what)  # all that can be wrong without opening a model is said before one is opened
     reward = _open(spec, what, open_model, skip, say)
     assert reward is not None
-    return reward, scorers[0] if isinstance(spec, str) and scorers else None
+    return put_beside(reward), scorers[0] if isinstance(spec, str) and scorers else None
 
 
 def given_judge(text: str) -> Mapping[str, Any] | str:
@@ -163,7 +167,8 @@ def _open_sum(spec: Mapping[str, Any], what: str, open_model: OpenModel | None, 
             options = {k: v for k, v in said.items() if k != "reward"} if own else {}
             place = build({"gate": GateOptions, "part": PartOptions}, {**options, "type": kind[:-1]}, path)
             reward = _open(said["reward"] if own else said, f"{path}.reward" if own else path, open_model, skip, say)
-            made[name] = None if reward is None else {"gates": Gate, "parts": Part}[kind](reward=reward, options=place)
+            entry = {"gates": Gate, "parts": Part}[kind]
+            made[name] = None if reward is None else entry(reward=put_beside(reward), options=place)
     if not entries["parts"]:
         raise UserError(f"{what}: a sum needs parts: {{NAME: reward, ...}}")
     if None in entries["gates"].values() or None in entries["parts"].values():
@@ -171,15 +176,23 @@ def _open_sum(spec: Mapping[str, Any], what: str, open_model: OpenModel | None, 
     return Sum(gates=entries["gates"], parts=entries["parts"])
 
 
-def _open_ensemble(options: EnsembleOptions, what: str, open_model: OpenModel | None, say: Say) -> Ensemble | None:
-    """``{type: ensemble, members: [FOLDER, ...], combine: minimum}``; its parts are member-0, member-1, ..."""
+def _open_ensemble(
+    options: EnsembleOptions, what: str, open_model: OpenModel | None, say: Say
+) -> Ensemble | Heads | None:
+    """``{type: ensemble, members: [FOLDER, ...], combine: minimum}``; its parts are member-0, member-1, ..., or head-0,
+    head-1, ... of the one folder that has several."""
     rule = next((m for m in options.members if m in TABLE or m in (SUM, ENSEMBLE) or ":" in m), None)
     if rule is not None:
         raise UserError(f"{what}.members: a member is a reward model, {rule} is a rule or function; use type: sum")
     if open_model is None:
         return None
+    folders = find_members(options, what, say)
+    if len(folders) == 1:
+        model = open_model(str(folders[0]), _role(what), options.scale)
+        assert isinstance(model, Heads)
+        return replace(model, options=options)
     members: dict[str, Reward] = {}
-    for number, folder in enumerate(find_members(options, what, say)):
+    for number, folder in enumerate(folders):
         members[f"{MEMBER}{number}"] = open_model(str(folder), f"{_role(what)}_{number}", options.scale)
     return Ensemble(options=options, members=members)
 
@@ -196,9 +209,14 @@ def _check_name(name: Any, path: str, taken: set[str]) -> None:
 
 def model_reward(
     scorer: Scorer, policy_tokenizer: Any, tokens_per_micro_batch: int, scale: ScoreScale | None = None
-) -> RewardModel:
-    return RewardModel(
-        batch_of=parts.rollouts_for(scorer, policy_tokenizer),
-        score=parts.scores_of(scorer, tokens_per_micro_batch),
-        scale=scale,
-    )
+) -> RewardModel | Heads:
+    """Raises UserError where the scale of a model of several heads is not of as many."""
+    batch_of = parts.rollouts_for(scorer, policy_tokenizer)
+    if scorer.heads == 1:
+        return RewardModel(batch_of=batch_of, score=parts.scores_of(scorer, tokens_per_micro_batch), scale=scale)
+    if scale is not None and len(scale.heads) != scorer.heads:
+        raise UserError(
+            f"{scorer.backbone.name}: {scorer.heads} heads, and {FILE} has a scale for {len(scale.heads)}\n"
+            "  train it with tether reward, which measures one for each; or take its scores as they are"
+        )
+    return Heads(batch_of=batch_of, score=parts.head_scores_of(scorer, tokens_per_micro_batch), scale=scale)

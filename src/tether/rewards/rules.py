@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,7 @@ class ExactNumber:
 
     ``within``: judge only what the last tag of this name holds, e.g. answer for <answer>…</answer>."""
 
+    beside: ClassVar[int] = 1
     column: str = "answer"
     within: str = ""
 
@@ -59,6 +61,7 @@ class ExactNumber:
 class Matches:
     """1 where the regular expression ``pattern`` is found in the completion, else 0."""
 
+    beside: ClassVar[int] = 1
     pattern: str
 
     def __post_init__(self) -> None:
@@ -76,6 +79,7 @@ class Matches:
 class TargetLength:
     """-|words - target| / target: closest to 0 where the completion has ``target`` words."""
 
+    beside: ClassVar[int] = 1
     target: int = 30
 
     def __post_init__(self) -> None:

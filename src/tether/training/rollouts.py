@@ -17,6 +17,7 @@ from tether.algorithms import Algorithm
 from tether.core.errors import RewardFailure
 from tether.core.protocols import Reward, Sampler, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout
+from tether.rewards.beside import sample_beside
 from tether.rewards.shaping import overlong_penalty
 from tether.runs.clock import Split
 
@@ -122,11 +123,12 @@ class Collector:
         prompts = self.prompts(self.taken, self.prompts_per_step if count is None else count)
         self.taken += len(prompts)
         with self.split("sample"):
-            rollouts = self.sampler.sample(
-                prompts, n=self.group_size, settings=self.settings, seed=self._seed(step, round_)
-            )
-        with self.split("reward"):
+            rollouts = self._sampled(prompts, self.group_size, self.settings, self._seed(step, round_))
+        with self.split("reward"):  # what was not judged beside the sampling, and the waiting for what was
             return self._scored(rollouts)
+
+    def _sampled(self, prompts: Sequence[Prompt], n: int, settings: SamplingSettings, seed: int) -> list[Rollout]:
+        return sample_beside(self.sampler, self.reward, prompts, n=n, settings=settings, seed=seed)
 
     def _seed(self, step: int, round_: int) -> int:
         return self.seed * 1_000_003 + step + round_ * ROUND_STRIDE
@@ -171,7 +173,7 @@ class Collector:
         prompts = list({r.group: r.prompt for r in found.rollouts}.values())
         settings = replace(self.settings, temperature=0.0, top_p=1.0, top_k=0)
         with self.split("baseline"):
-            drawn = self.sampler.sample(prompts, n=1, settings=settings, seed=self._seed(step, 0))
+            drawn = self._sampled(prompts, 1, settings, self._seed(step, 0))
             greedy, counts = self._scored(drawn)
         # Group i of the greedy completions answers the i-th group of the rollouts.
         totals = self._shaped(greedy).scores.total.tolist()

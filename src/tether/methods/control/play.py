@@ -38,7 +38,15 @@ class Player:
     _envs: list[gymnasium.Env[Any, Any]] = field(default_factory=list)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        settings: SamplingSettings,
+        seed: int,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
         """``n`` episodes from each start, group by group; a draw depends on (seed, prompt id, its number) alone."""
         task = self.agent.task
         asked = [(group, prompt, index) for group, prompt in enumerate(prompts) for index in range(n)]
@@ -48,6 +56,7 @@ class Player:
         for env, (_, prompt, _) in zip(self._envs, asked, strict=False):
             episodes.append(_Episode(env=env, seen=[task.look(env.reset(seed=prompt.metadata["seed"])[0], 0)]))
         dice = torch.stack([uniforms(seed, prompt.id, index, settings.max_new_tokens) for _, prompt, index in asked])
+        made: list[Rollout | None] = [None] * len(episodes)
         playing = list(range(len(episodes)))
         for step in range(settings.max_new_tokens):
             seen = torch.tensor([episodes[i].seen[-1] for i in playing])
@@ -56,10 +65,15 @@ class Player:
             chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
             for i, token, logprob in zip(playing, tokens.tolist(), chosen, strict=True):
                 self._act(episodes[i], token, logprob, step)
-            playing = [i for i in playing if episodes[i].finish_reason != "stop"]
+            last = step + 1 == settings.max_new_tokens
+            for i in [i for i in playing if last or episodes[i].finish_reason == "stop"]:
+                playing.remove(i)
+                made[i] = rollout = self._rollout(episodes[i], *asked[i])
+                if finished is not None:
+                    finished(rollout)
             if not playing:
                 break
-        return [self._rollout(episode, *one) for episode, one in zip(episodes, asked, strict=True)]
+        return [rollout for rollout in made if rollout is not None]
 
     def _act(self, episode: _Episode, token: int, logprob: float, step: int) -> None:
         observation, reward, ended, _, _ = episode.env.step(token)

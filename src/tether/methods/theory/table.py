@@ -100,7 +100,15 @@ class EnumeratedSampler:
         """π [X, S] now."""
         return self.world.per_answer(self.logprobs(self.world.answers).double()).exp()
 
-    def sample(self, prompts: Sequence[Prompt], *, n: int, settings: SamplingSettings, seed: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        n: int,
+        settings: SamplingSettings,
+        seed: int,
+        finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
         per_token = self.logprobs(self.world.answers)
         policy = self.world.per_answer(per_token.double()).exp()
         x = torch.tensor([self._number(p) for p in prompts]).repeat_interleave(n)
@@ -112,7 +120,11 @@ class EnumeratedSampler:
             chosen = torch.multinomial(policy[x], 1, generator=generator).squeeze(1)
         made = self._rollout_parts(per_token)
         pairs = zip(x.tolist(), chosen.tolist(), strict=True)
-        return [Rollout(prompt=prompts[i // n], group=i // n, **made[x, s]) for i, (x, s) in enumerate(pairs)]
+        rollouts = [Rollout(prompt=prompts[i // n], group=i // n, **made[x, s]) for i, (x, s) in enumerate(pairs)]
+        if finished is not None:
+            for rollout in rollouts:
+                finished(rollout)
+        return rollouts
 
     def _number(self, prompt: Prompt) -> int:
         return [p.text for p in self.world.prompts].index(prompt.text)

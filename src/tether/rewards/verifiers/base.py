@@ -1,6 +1,8 @@
 """What every verifier shares: where the right answer is, which part of a completion is judged, and what a failure is.
 
 A wrong answer is 0. What keeps a verifier from judging is a RewardFailure that names prompt and sample, never a 0.
+``beside`` is the word by which a verifier says that it judges completions one by one, and how many at once: it is then
+begun while others are still being sampled (``rewards/beside.py``).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Scores
@@ -21,6 +22,7 @@ class MultipleChoice:
     are no answer. ``letters``: the choices there are. ``within``: judge only what the last tag of this name holds.
     """
 
+    beside: ClassVar[int] = 1
     column: str = "answer"
     letters: str = "ABCDEFGHIJ"
     within: str = ""

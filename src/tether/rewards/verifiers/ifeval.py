@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ class IFEval:
     first line, the last line, both, or the asterisks of markdown are taken away (Zhou 2023, eq. 2).
     """
 
+    beside: ClassVar[int] = 1
     score: Literal["all", "share"] = "all"
     variant: Literal["strict", "loose"] = "strict"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tether.core.errors import UserError
 from tether.core.protocols import Scores
@@ -20,6 +21,7 @@ class FormatTags:
     opening tag, so that the completion starts inside it.
     """
 
+    beside: ClassVar[int] = 1
     tags: tuple[str, ...] = ("think", "answer")
     whole: bool = True
     prefilled: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Scores
@@ -32,6 +32,7 @@ class Mathematics:
     Needs ``tether-rlhf[math]``.
     """
 
+    beside: ClassVar[int] = 1
     column: str = "answer"
     within: str = ""
     seconds: float = 5.0

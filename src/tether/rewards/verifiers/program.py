@@ -54,6 +54,10 @@ class CodeTests:
             raise UserError(f"reward.undecided would be ignored: {self.sandbox} runs all of Python")
         open_sandbox(self.sandbox)  # what is missing here is missing before the run begins
 
+    @property
+    def beside(self) -> int:
+        return self.workers
+
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
         """parts: "tests_passed", the share of tests."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Scores
@@ -26,6 +26,7 @@ class JsonSchema:
     for the validator is 0. Needs ``tether-rlhf[json]``.
     """
 
+    beside: ClassVar[int] = 1
     column: str = "schema"
     schema: Mapping[str, Any] | None = None
     within: str = ""
