@@ -209,6 +209,19 @@ class CriticConfig(Section):
     learning_rate: float | None = Field(default=None, gt=0, description="empty: the policy's")
 
 
+class VerifyConfig(Section):
+    """pass@k of the answers to data.eval: before the first step, every run.eval_every steps, and after the last."""
+
+    reward: dict[str, Any] | str | None = Field(
+        default=None, description="a verifier (1: right, 0: wrong); empty: the reward of the run"
+    )
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 4), min_length=1, description="k of pass@k: one of k answers to a prompt is right"
+    )
+    samples: int | None = Field(default=None, ge=1, description="answers to each prompt; empty: the largest k")
+    prompts: int | None = Field(default=None, ge=1, description="use only the first N prompts of data.eval")
+
+
 class RLConfig(MethodConfig):
     """Optimising against a reward: one row of the algorithm table, and what may be changed in it."""
 
@@ -252,6 +265,9 @@ class RLConfig(MethodConfig):
         default={},
         description="limits (kl_max, entropy_min, length_ratio_max, distinct_min, disagreement_max), a judge on the "
         "prompts of data.eval, patience, and action: note or stop",
+    )
+    verify: VerifyConfig | None = Field(
+        default=None, description="pass@k on data.eval, before and after; empty: not measured"
     )
 
 

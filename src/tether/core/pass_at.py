@@ -51,8 +51,8 @@ def pass_at(scores: Tensor, groups: Sequence[int], ks: Sequence[int], what: str 
     wrong = values[scored & (values != 0) & (values != 1)]
     if len(wrong):
         raise UserError(
-            f"{what}: pass@k counts right and wrong answers, scores of 1 and 0; {len(wrong)} of {int(scored.sum())} scores are "
-            f"others, the first is {float(wrong[0]):.6g}\n"
+            f"{what}: pass@k counts right and wrong answers, scores of 1 and 0; {len(wrong)} of {int(scored.sum())} "
+            f"scores are others, the first is {float(wrong[0]):.6g}\n"
             "  name a verifier (exact_number, mathematics, code_tests, ...) by itself, without weights and penalties"
         )
     counts: dict[int, tuple[int, int]] = {}

@@ -25,13 +25,14 @@ from tether.methods.rl_parts import (
     choose_guards,
     group_size,
     open_critic,
+    open_held_out,
     open_pretraining,
     open_prompts,
 )
 from tether.models.roles import ActorCritic, Policy
 from tether.runs.folder import RunFolder
 from tether.training import online
-from tether.training.guards import Guards, HeldOut
+from tether.training.guards import Guards
 from tether.training.rollouts import overlong_cache
 from tether.training.session import Session
 
@@ -57,7 +58,8 @@ def run(
     prompts, mark = open_prompts(config, chat, say)
     held_out: list[Prompt] = []
     if config.data.eval is not None:
-        theirs = config.data.model_copy(update={"train": config.data.eval, "limit": None})
+        limit = config.verify.prompts if config.verify is not None else None
+        theirs = config.data.model_copy(update={"train": config.data.eval, "limit": limit})
         held_out, other = open_prompts(config.model_copy(update={"data": theirs}), chat, say)
         mark = both(mark, other)
     pretraining = None
@@ -108,9 +110,7 @@ def _train(
         scaled=config.scale_reward,
         skip=config.on_reward_failure == "skip",
     )
-    judge = None
-    if guards is not None and guards.judge is not None:
-        judge, _ = open_reward(guards.judge, backbone.tokenizer, config.model, budget, say, what="guards.judge")
+    judged = open_held_out(config, guards, held_out, reward, backbone.tokenizer, say)
     reference = None
     # Whoever watches a run wants its KL too, also where nothing is held to it.
     watches_kl = watch is not None or (guards is not None and guards.kl_max is not None)
@@ -140,7 +140,7 @@ def _train(
         resample_rounds=(config.resample_rounds or RESAMPLE_ROUNDS) if algorithm.dynamic_sampling else 0,
         skip_failed_rewards=config.on_reward_failure == "skip",
         guards=guards,
-        held_out=None if judge is None else HeldOut(prompts=held_out, judge=judge),
+        held_out=judged,
     )
     session = Session(
         folder=folder,

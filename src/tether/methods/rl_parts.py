@@ -17,6 +17,7 @@ from tether.config.build import build, change, find
 from tether.config.schema import CriticConfig, IterateConfig, PretrainingConfig, RLConfig
 from tether.core.batches import Batch
 from tether.core.errors import UserError
+from tether.core.protocols import Reward
 from tether.core.text import Prompt
 from tether.data.chat import ChatTokenizer
 from tether.data.groups import tokenise
@@ -25,10 +26,11 @@ from tether.kl_control import KL_CONTROL
 from tether.losses import POLICY, PolicyGradient
 from tether.losses.average import TokenLoss
 from tether.methods import parts
-from tether.methods.judges import ENSEMBLE, open_rule
+from tether.methods.evaluate_pass import check_counts, open_verifier
+from tether.methods.judges import ENSEMBLE, open_reward, open_rule
 from tether.methods.reference import check_reference
 from tether.models.roles import Policy, Scorer
-from tether.training.guards import Guards
+from tether.training.guards import Guards, HeldOut, Verify
 
 T = TypeVar("T")
 # Rounds of fresh prompts that dynamic sampling may add to a step, unless the config says otherwise.
@@ -70,11 +72,15 @@ def choose_guards(config: RLConfig) -> Guards | None:
     judge = guards.judge if guards is not None else None
     if judge is not None:
         open_rule(judge, "guards.judge")
-        if config.data.eval is None:
-            raise UserError("guards.judge needs prompts that are not trained on: give data.eval=FILE")
+    if config.verify is not None:
+        check_counts(config.verify.pass_at, config.verify.samples, "verify.pass_at", "verify.samples")
+        open_verifier(config.reward if config.verify.reward is None else config.verify.reward, "verify.reward")
+    readers = {"guards.judge": judge is not None, "verify": config.verify is not None}
+    for name in [name for name, given in readers.items() if given and config.data.eval is None]:
+        raise UserError(f"{name} needs prompts that are not trained on: give data.eval=FILE")
     for name, given in (("data.eval", config.data.eval is not None), ("run.eval_every", config.run.eval_every > 0)):
-        if given and judge is None:
-            raise UserError(f"{name} would be ignored: nothing is held out without guards.judge; take it out")
+        if given and not any(readers.values()):
+            raise UserError(f"{name} would be ignored: nothing is held out without guards.judge or verify; take it out")
     if config.data.eval_fraction:
         raise UserError("data.eval_fraction would be ignored: rl reads held-out prompts from data.eval; take it out")
     return guards
@@ -274,6 +280,23 @@ def open_prompts(config: RLConfig | IterateConfig, chat: ChatTokenizer, say: par
             + (f"; the shortest has {min(sizes)} tokens: raise data.max_prompt_tokens" if sizes else "")
         )
     return list(kept), rows.fingerprint
+
+
+def open_held_out(
+    config: RLConfig, guards: Guards | None, prompts: Sequence[Prompt], reward: Reward, tokenizer: Any, say: parts.Say
+) -> HeldOut | None:
+    """Who judges the answers to the held-out ``prompts``; None where nobody does. ``reward``: that of the run."""
+
+    def opened(spec: Mapping[str, Any] | str, what: str) -> Reward:
+        return open_reward(spec, tokenizer, config.model, config.optim.tokens_per_micro_batch, say, what=what)[0]
+
+    judge = opened(guards.judge, "guards.judge") if guards is not None and guards.judge is not None else None
+    verify = None
+    if (told := config.verify) is not None:
+        ks, samples = check_counts(told.pass_at, told.samples, "verify.pass_at", "verify.samples")
+        verifier = reward if told.reward is None else opened(told.reward, "verify.reward")
+        verify = Verify(verifier=verifier, ks=ks, samples=samples)
+    return HeldOut(prompts=prompts, judge=judge, verify=verify) if judge is not None or verify is not None else None
 
 
 def open_pretraining(

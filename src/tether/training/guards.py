@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from tether.core.errors import RewardFailure, UserError
+from tether.core.pass_at import pass_at
 from tether.core.protocols import Reward
 from tether.core.text import Prompt, Rollout
 
@@ -70,15 +71,51 @@ class Guards:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Several answers to a prompt, each right (1) or wrong (0) by ``verifier``: pass@k for each k of ``ks``."""
+
+    verifier: Reward
+    ks: Sequence[int]
+    samples: int
+
+    def rates(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """``pass@K`` and the ends of its 95 % interval over prompts, ``pass@K/low`` and ``pass@K/high``; mean length,
+        share of answers cut at the length limit, and how many were left unscored. UserError for other scores."""
+        scores = self.verifier(rollouts).total
+        numbers: dict[str, float] = {}
+        for found in pass_at(scores, [r.group for r in rollouts], self.ks, "verify.reward"):
+            name, interval = f"pass@{found.k}", found.interval
+            numbers |= {name: interval.estimate, f"{name}/low": interval.low, f"{name}/high": interval.high}
+        return numbers | {
+            "rollout/length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+            "rollout/truncated": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+            "reward/dropped": float((~scores.isfinite()).sum()),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Prompts that are never trained on, and who judges the answers to them."""
+    """Prompts that are never trained on, and who judges the answers to them: a second judge whose favourite is kept
+    (it sees the first answer to each), a verifier that counts the right ones, or both."""
 
     prompts: Sequence[Prompt]
-    judge: Reward
+    judge: Reward | None = None
+    verify: Verify | None = None
+
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+        return self.verify.samples if self.verify is not None else 1
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """Who is asked."""
+        return [r for r in (self.judge, self.verify and self.verify.verifier) if r is not None]
 
     def scores(self, rollouts: Sequence[Rollout], reward: Reward) -> dict[str, float]:
         """Means over the answers that both judge and reward scored; ``reward/gold_error``: standard error of gold, NaN
         for a single answer; ``reward/gold_dropped``: answers that one of the two left unscored."""
+        assert self.judge is not None
         gold, proxy = self.judge(rollouts).total, reward(rollouts).total
         both = gold.isfinite() & proxy.isfinite()
         if not both.any():

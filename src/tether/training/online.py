@@ -82,7 +82,8 @@ class OnlineJob:
     skip_failed_rewards: bool = False
     resample_rounds: int = 0
     guards: Guards | None = None
-    # Answered and judged at every evaluation; the policy that the judge likes best is kept as ``best``.
+    # Answered and judged at every evaluation; the policy that the judge likes best is kept as ``best``. What it
+    # verifies is measured before the first step, too.
     held_out: HeldOut | None = None
 
     def check(self) -> None:
@@ -107,9 +108,11 @@ def train(
     session.state, session.restore = loop.state, loop.restore
     if job.reference is not None:
         session.save_more, session.load_more = job.reference.save, job.reference.load
+    at_start = None
     if job.held_out is not None:
         evaluate = loop.evaluate
-    session.run(loop.step, evaluate, eval_every)
+        at_start = loop.verify if job.held_out.verify is not None else None
+    session.run(loop.step, evaluate, eval_every, at_start)
 
 
 class _Loop:
@@ -119,7 +122,7 @@ class _Loop:
         self.history: float | None = None
         self.guards = Watch(job.guards, lambda text: session.progress.note(text)) if job.guards is not None else None
         self.at = 0
-        self.meter = Meter([job.reward, job.watch, None if job.held_out is None else job.held_out.judge])
+        self.meter = Meter([job.reward, job.watch, *(job.held_out.rewards if job.held_out is not None else ())])
         self.collect = Collector(
             algorithm=job.algorithm,
             prompts=job.prompts,
@@ -175,12 +178,34 @@ class _Loop:
             self.session.enough = self.guards.stop
         return numbers
 
+    def verify(self) -> dict[str, float]:
+        """How often the start is right on the held-out prompts."""
+        held_out = self.job.held_out
+        assert held_out is not None and held_out.verify is not None
+        return held_out.verify.rates(self._answers(held_out)) | self.meter()
+
     def evaluate(self) -> dict[str, float]:
-        """Answers to the held-out prompts, the same draws every time, by the judge and by the reward."""
-        job, session = self.job, self.session
-        assert job.held_out is not None and self.guards is not None
-        rollouts = job.sampler.sample(job.held_out.prompts, n=1, settings=job.settings, seed=job.seed)
-        numbers = job.held_out.scores(rollouts, job.reward)
+        """Answers to the held-out prompts, by the judge and the reward, by the verifier, or by both."""
+        held_out = self.job.held_out
+        assert held_out is not None
+        rollouts = self._answers(held_out)
+        numbers: dict[str, float] = {}
+        if held_out.judge is not None:
+            numbers |= self._judged(held_out, list({r.group: r for r in reversed(rollouts)}.values())[::-1])
+        if held_out.verify is not None:
+            numbers |= held_out.verify.rates(rollouts)
+        return numbers | self.meter()
+
+    def _answers(self, held_out: HeldOut) -> list[Rollout]:
+        """The same draws every time: only the policy changes from one evaluation to the next."""
+        job = self.job
+        return job.sampler.sample(held_out.prompts, n=held_out.samples, settings=job.settings, seed=job.seed)
+
+    def _judged(self, held_out: HeldOut, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """What the held-out judge says of one answer to each prompt; the policy that it likes best is kept."""
+        session = self.session
+        assert self.guards is not None
+        numbers = held_out.scores(rollouts, self.job.reward)
         better, more = self.guards.judged(self.at, numbers)
         session.enough = self.guards.stop
         if better:
@@ -191,7 +216,7 @@ class _Loop:
 
             write_folder(session.folder.path / "best", write)
             session.progress.say(f"the held-out judge likes step {self.at} best so far: {session.folder.path / 'best'}")
-        return numbers | more | self.meter()
+        return numbers | more
 
     def _policy_batch(self, found: Scored) -> tuple[PolicyBatch, Metrics]:
         job, algorithm = self.job, self.job.algorithm

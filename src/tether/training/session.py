@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class Session:
         one_step: Callable[[int], Mapping[str, float]],
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         eval_every: int = 0,
+        at_start: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        """Steps 1 .. total, each recorded; ``evaluate`` every ``eval_every`` steps and after the last."""
+        """Steps 1 .. total, each recorded; ``evaluate`` every ``eval_every`` steps and after the last. ``at_start`` is
+        an evaluation too, before the first step and recorded as step 0, once: a resumed run has it already."""
         with Progress(self.total_steps, self.title, self.quiet) as self.progress:
             start = self._resume()
             self.metrics, self.samples = MetricsLog(self.folder.metrics), SamplesLog(self.folder.samples)
@@ -68,6 +71,9 @@ class Session:
                     self.progress.note(note)
             try:
                 with self._signals():
+                    if at_start and not self.metrics.offset:
+                        with self.split("evaluate"):
+                            self._evaluate(0, at_start)
                     for step in range(start + 1, self.total_steps + 1):
                         self._one(step, one_step)
                         last = step == self.total_steps or self.enough
@@ -125,7 +131,8 @@ class Session:
         if not self.folder.resumed:
             return 0
         found = checkpoints.latest(self.folder, self.progress.note)
-        recorded = found.state["offsets"] if found else {"metrics.jsonl": 0, "samples.jsonl": 0}
+        kept = step_0(self.folder.metrics) if found is None else 0
+        recorded = found.state["offsets"] if found else {"metrics.jsonl": kept, "samples.jsonl": 0}
         for name in recorded:
             (self.folder.path / name).touch()
         for line in cut_to(self.folder.path, recorded):
@@ -162,3 +169,9 @@ class Session:
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def step_0(metrics: Path) -> int:
+    """Bytes of the rows of step 0, which come first: they speak of the start, and hold however often the run begins."""
+    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    return sum(map(len, takewhile(lambda row: row.startswith(b'{"step": 0,') and row.endswith(b"\n"), rows)))
