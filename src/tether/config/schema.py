@@ -140,15 +140,27 @@ class RewardModelConfig(OfflineConfig):
         ge=2,
         description="an ensemble: this many models, one after the other, with seeds run.seed, run.seed + 1, ...",
     )
+    heads: int | None = Field(
+        default=None,
+        ge=2,
+        description="this many scalar heads on one trunk: an ensemble from one pass, for pairs and rankings",
+    )
     bootstrap: bool = Field(
-        default=False, description="train on as many rows drawn with replacement (by run.seed) instead of each once"
+        default=False,
+        description="train on as many rows drawn with replacement (by run.seed) instead of each once; a draw a head",
     )
 
 
-class ReferenceConfig(Section):
+class NamedReferenceConfig(Section):
     """The frozen model that the policy is held to. Explicit, and fingerprinted in the run."""
 
     name: str | None = Field(default=None, description="a model of its own; empty: the policy as it was at the start")
+
+
+class ReferenceConfig(NamedReferenceConfig):
+    """A reference that stands still and is asked of data that exists."""
+
+    cache: bool = Field(default=True, description="keep its log-probs on disk, for later runs on the same rows")
 
 
 class PreferenceConfig(OfflineConfig):
@@ -175,7 +187,7 @@ class SamplingConfig(Section):
         return SamplingSettings(**self.model_dump())
 
 
-class MovingReferenceConfig(ReferenceConfig):
+class MovingReferenceConfig(NamedReferenceConfig):
     """A reference that may follow the policy instead of standing still. Its tensors are then part of a checkpoint."""
 
     update: Literal["fixed", "ema", "resync"] = Field(

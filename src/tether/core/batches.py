@@ -25,7 +25,7 @@ class Group:
     but not trained (a user turn inside a multi-turn conversation, tool output). ``margin``: for pairs;
     ``desirable``: for one completion that was judged by itself; ``ranks``: one per completion, 0 the best, equal ranks
     are ties; ``labels`` [C] bool: for one completion made of steps, whether the step that ends at a token is right
-    (``loss_masks`` says where steps end).
+    (``loss_masks`` says where steps end). ``draws``: how often each head of a reward model of several draws the group.
     """
 
     id: str
@@ -36,6 +36,7 @@ class Group:
     desirable: bool | None = None
     ranks: tuple[int, ...] | None = None
     labels: Tensor | None = None
+    draws: tuple[int, ...] | None = None
 
     @property
     def token_count(self) -> int:
@@ -57,7 +58,8 @@ class Batch:
     """Completions of some prompts.
 
     ``prompts``: tuple of [P_i] int64, each stored once; ``prompt_of`` [B] int64 indexes it; ``tokens`` [B, T] int64;
-    ``lengths`` [B] int64, tokens present in each row; ``loss_mask`` [B, T] bool, tokens that count.
+    ``lengths`` [B] int64, tokens present in each row; ``loss_mask`` [B, T] bool, tokens that count. ``draws`` [B, K]
+    int64: how often head k of a reward model's K learns from the row; None: each from every row, once.
     """
 
     prompts: tuple[Tensor, ...]
@@ -65,6 +67,7 @@ class Batch:
     tokens: Tensor
     lengths: Tensor
     loss_mask: Tensor
+    draws: Tensor | None = None
 
     rows_per_unit = 1
 
@@ -73,12 +76,14 @@ class Batch:
         """Lay groups out as one batch, in order. ``extra``: the further fields of a subclass."""
         rows = [c for g in groups for c in g.completions]
         masks = [m for g in groups for m in g.loss_masks]
+        draws = [g.draws for g in groups if g.draws is not None for _ in g.completions]
         return cls(
             prompts=tuple(g.prompt for g in groups),
             prompt_of=torch.tensor([i for i, g in enumerate(groups) for _ in g.completions]),
             tokens=pad_rows(rows),
             lengths=torch.tensor([len(r) for r in rows]),
             loss_mask=pad_rows(masks),
+            draws=torch.tensor(draws) if draws and len(draws) == len(rows) else None,
             **extra,
         )
 
@@ -110,7 +115,7 @@ class Batch:
                 continue
             if f.name in PER_UNIT:
                 changed[f.name] = value[rows[:: self.rows_per_unit] // self.rows_per_unit]
-            elif value.dim() == 2:
+            elif value.dim() == 2 and f.name != "draws":
                 changed[f.name] = value[rows, :width]
             else:
                 changed[f.name] = value[rows]
@@ -195,7 +200,8 @@ class Outputs:
 
     ``logprobs`` [B, T] of the completion tokens; ``entropy`` [B, T] nats; ``values`` [B, T] (critic: the value of the
     state *before* token t); ``token_scores`` [B, T] (reward model: of the state *at* token t); ``scores`` [B] (reward
-    model: one for the completion, at the last token present unless it reads otherwise). Absent parts are None.
+    model: one for the completion, at the last token present unless it reads otherwise); ``head_scores`` [B, K] (reward
+    model of K heads, whose mean the others are). Absent parts are None.
     """
 
     logprobs: Tensor | None = None
@@ -203,6 +209,7 @@ class Outputs:
     values: Tensor | None = None
     scores: Tensor | None = None
     token_scores: Tensor | None = None
+    head_scores: Tensor | None = None
 
 
 def states_at(before: Tensor, last: Tensor, lengths: Tensor) -> Tensor:

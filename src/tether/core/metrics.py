@@ -42,7 +42,24 @@ class Max:
         return self.largest
 
 
-Metric = Mean | Max
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The largest of several means less the smallest; each is added up by itself first."""
+
+    means: tuple[Mean, ...]
+
+    def __add__(self, other: Spread) -> Spread:
+        return Spread(tuple(a + b for a, b in zip(self.means, other.means, strict=True)))
+
+    def detach(self) -> Spread:
+        return Spread(tuple(m.detach() for m in self.means))
+
+    def value(self) -> float:
+        values = [m.value() for m in self.means]
+        return max(values) - min(values)
+
+
+Metric = Mean | Max | Spread
 Metrics = dict[str, Metric]
 
 

@@ -6,6 +6,7 @@ A table per kind of data: the name in a recipe -> the class whose fields are its
 from __future__ import annotations
 
 from tether.losses.average import Average, TokenLoss
+from tether.losses.heads import MultiHead
 from tether.losses.kl import k1, k2, k3, kl_penalty
 from tether.losses.policy import CISPO, GSPO, ClippedRatio, PolicyGradient, PPOClip
 from tether.losses.policy_base import PolicyLoss
@@ -73,6 +74,7 @@ __all__ = [
     "Davidson",
     "DifferenceLoss",
     "LogRatioLoss",
+    "MultiHead",
     "Outcome",
     "PPOClip",
     "PairLoss",

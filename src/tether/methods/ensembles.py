@@ -12,7 +12,7 @@ from tether.config.load import resolve_yaml
 from tether.config.schema import RewardModelConfig
 from tether.core.errors import UserError
 from tether.methods import parts
-from tether.models.load import resolve
+from tether.models.load import heads_of, resolve
 from tether.rewards.ensemble import EnsembleOptions
 from tether.rewards.model import FILE, ScoreScale
 from tether.runs.folder import RunFolder, new_path
@@ -25,16 +25,24 @@ MEMBER = "member-"
 
 
 def find_members(options: EnsembleOptions, what: str, say: parts.Say) -> list[Path]:
-    """The folders of the members, in their order. Opens no model. ``what`` is the config path, for messages.
+    """The folders of the members, in their order; or one folder of several heads. Opens no model. ``what`` is the
+    config path, for messages.
 
-    Raises UserError: fewer than two, one of them twice, one not trained to its end, one without the scale it needs.
+    Raises UserError: fewer than two, one of them twice, one not trained to its end, one without the scale it needs, one
+    of several heads beside others.
     """
     names = [name for given in options.members for name in expand(given, what)]
     folders = [Path(resolve(name, say=say)).resolve() for name in names]
-    if len(folders) < 2:
+    many = next((f for f in folders if heads_of(f) > 1), None)
+    if len(folders) < 2 and many is None:
         raise UserError(
             f"{what}.members: an ensemble has two members or more, {options.members[0]} is one; "
             "for one reward model: reward: FOLDER"
+        )
+    if len(folders) > 1 and many is not None:
+        raise UserError(
+            f"{what}.members: {many} has {heads_of(many)} heads, which are an ensemble by themselves; name it alone, "
+            "or members of one head each"
         )
     twice = next((f for f in folders if folders.count(f) > 1), None)
     if twice is not None:
@@ -103,3 +111,12 @@ def bootstrap(data: parts.Data, seed: int) -> parts.Data:
     size = len(data.train)
     drawn = torch.randint(size, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
     return replace(data, train=tuple(data.train[i] for i in drawn))
+
+
+def bootstrap_heads(data: parts.Data, heads: int, seed: int) -> parts.Data:
+    """For each head as many groups as there are, drawn with replacement: every group says how often each head has it
+    (multinomial counts, fixed for the run: the bootstrapped heads of Osband 2016). What is held out stays as it is."""
+    size = len(data.train)
+    drawn = torch.randint(size, (heads, size), generator=torch.Generator().manual_seed(seed))
+    counts = torch.stack([torch.bincount(row, minlength=size) for row in drawn], dim=1).tolist()
+    return replace(data, train=tuple(replace(g, draws=tuple(n)) for g, n in zip(data.train, counts, strict=True)))

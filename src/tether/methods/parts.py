@@ -81,9 +81,10 @@ def open_scorer(
     zero: bool,
     reading: Reading = LAST,
     language: bool = False,
+    heads: int = 1,
 ) -> Scorer:
-    """A fresh scalar head on ``backbone``, with an adapter of its own where LoRA is on."""
-    head = new_head(backbone, zero=zero, bias=reading.has_bias)
+    """A fresh scalar head on ``backbone``, or several, with an adapter of its own where LoRA is on."""
+    head = new_head(backbone, zero=zero, bias=reading.has_bias, heads=heads)
     adapter = adapt(backbone, lora, role)
     return Scorer(backbone=backbone, head=head, adapter=adapter, reading=reading, language=language)
 
@@ -109,6 +110,17 @@ def scores_of(role: Role, tokens_per_micro_batch: int) -> Callable[[Batch], Tens
 
     def score(batch: Batch) -> Tensor:
         scores = evaluate(role, batch, tokens_per_micro_batch).scores
+        assert scores is not None
+        return scores
+
+    return score
+
+
+def head_scores_of(role: Role, tokens_per_micro_batch: int) -> Callable[[Batch], Tensor]:
+    """batch -> [B, K] scores of a reward model's K heads, without gradient."""
+
+    def score(batch: Batch) -> Tensor:
+        scores = evaluate(role, batch, tokens_per_micro_batch).head_scores
         assert scores is not None
         return scores
 
@@ -308,7 +320,8 @@ def model_card(role: Policy | Scorer, method: str, model: str, config: MethodCon
     kind = "causal language model"
     if isinstance(role, Scorer):
         what = "token" if role.reading.per_token else "sequence"
-        kind = f"reward model ({what} classification, one label)"
+        labels = "one label" if role.heads == 1 else f"{role.heads} labels: heads whose mean is the score"
+        kind = f"reward model ({what} classification, {labels})"
     return (
         f"---\nbase_model: {model}\ntags: [tether, {method}]\n---\n\n# {method} of {model}\n\n"
         f"A {kind}, trained with Tether. It opens with transformers as it stands.\n\n"

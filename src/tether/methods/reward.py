@@ -25,7 +25,7 @@ from tether.core.batches import (
 from tether.core.errors import UserError
 from tether.core.protocols import Loss
 from tether.data.readers import Kind
-from tether.losses import REWARD, Outcome, Process, RankingLoss
+from tether.losses import REWARD, MultiHead, Outcome, Process, RankingLoss
 from tether.methods import ensembles, offline, parts
 from tether.models.backbone import Backbone
 from tether.models.load import check_can_be_saved
@@ -55,8 +55,10 @@ def run(
     quiet: bool = False,
     data: parts.Data | None = None,
 ) -> Path:
-    """Train a scalar head (and trunk), or ``members`` of them; returns the run folder. The loss says what data it
-    reads."""
+    """Train a scalar head (and trunk), or ``heads`` on one trunk, or ``members`` of their own; returns the run folder.
+    The loss says what data it reads."""
+    if config.heads is not None and config.members is not None:
+        raise UserError("heads and members: several heads on one trunk, or several models; take one of them out")
     if config.members is not None:
         return ensembles.train(
             config,
@@ -73,7 +75,13 @@ def run(
         language = "language_head" in loss.needs
         lora = config.model.lora
         scorer = parts.open_scorer(
-            backbone, lora, "reward", zero=plan.reading.has_bias, reading=plan.reading, language=language
+            backbone,
+            lora,
+            "reward",
+            zero=plan.reading.has_bias,
+            reading=plan.reading,
+            language=language,
+            heads=config.heads or 1,
         )
         check_can_be_saved(scorer)
         return scorer
@@ -83,22 +91,33 @@ def run(
         name="reward",
         title="reward model",
         kind=plan.kind,
-        loss=loss,
+        loss=loss if config.heads is None else MultiHead(loss=loss),
         role=role,
         prepare=lambda role: plan.lay_out,
         step_separator=(config.steps or StepsConfig()).separator,
         by_length=config.stratify_lengths,
         check=lambda data: _check_data(loss, data),
-        draw=(lambda data: ensembles.bootstrap(data, config.run.seed)) if config.bootstrap else None,
+        draw=(lambda data: _draw(config, data)) if config.bootstrap else None,
         beside=lambda role, data: _scale(role, plan, data, config.optim.tokens_per_micro_batch),
     )
     return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet, data=data)
+
+
+def _draw(config: RewardModelConfig, data: parts.Data) -> parts.Data:
+    if config.heads is not None:
+        return ensembles.bootstrap_heads(data, config.heads, config.run.seed)
+    return ensembles.bootstrap(data, config.run.seed)
 
 
 def plan_for(loss: Loss, config: RewardModelConfig) -> Plan:
     """Raises UserError where the config sets what this loss would ignore."""
     name = config.loss.get("type")
     per_token = isinstance(loss, Outcome | Process)
+    if config.heads is not None and per_token:
+        raise UserError(
+            f"heads={config.heads}: {name} is read at single tokens and has one head; several learn from pairs and "
+            "rankings\n  for several models of this loss: members"
+        )
     if config.pool == "mean" and per_token:
         raise UserError(f"pool=mean would be ignored: {name} is read at single tokens; take it out")
     if config.steps is not None and not isinstance(loss, Process):
@@ -184,9 +203,11 @@ def _check_ties(loss: Loss, data: parts.Data) -> None:
 
 def _scale(role: Policy | Scorer, plan: Plan, data: parts.Data, tokens_per_micro_batch: int) -> Callable[[Path], None]:
     """Measures the scale of the scores on completions nobody trained on, where there are any, and saves it."""
+    several = isinstance(role, Scorer) and role.heads > 1
+    scores = (parts.head_scores_of if several else parts.scores_of)(role, tokens_per_micro_batch)
 
     def save(folder: Path) -> None:
         batch = plan.lay_out((data.held_out or data.train)[:SCALE_GROUPS])
-        ScoreScale.of(parts.scores_of(role, tokens_per_micro_batch)(batch)).save(folder)
+        ScoreScale.of(scores(batch)).save(folder)
 
     return save

@@ -25,6 +25,7 @@ from tether.data.readers import read
 from tether.methods import parts
 from tether.models.load import load_scorer, resolve
 from tether.models.roles import Scorer
+from tether.rewards.ensemble import HEAD
 
 # Columns by which accuracy is always shown, where rows have them.
 SLICES = ("subset", "source")
@@ -131,9 +132,11 @@ def _as_rankings(records: Sequence[Any]) -> tuple[list[Ranking], dict[str, int]]
 
 
 def score(labelled: Labelled, models: Sequence[str], config: ModelConfig, tokens: int, say: parts.Say) -> Scored:
-    """Every answer by every model. A ranking that one model can't read (too long) is left out for all, and counted."""
+    """Every answer by every model, and by every head of one that has several. A ranking that one model can't read (too
+    long) is left out for all, and counted."""
     fits = set(range(len(labelled.rankings)))
     counts = Counter(labelled.counts)
+    names: list[str] = []
     scores: list[dict[int, Tensor]] = []
     lengths: dict[int, Tensor] = {}
     for name in models:
@@ -143,7 +146,10 @@ def score(labelled: Labelled, models: Sequence[str], config: ModelConfig, tokens
         counts.update(causes)
         fits &= groups.keys()
         say(f"{name}: {sum(len(g.completions) for g in groups.values())} answers")
-        scores.append(_score(scorer, labelled.rankings, {i: g for i, g in groups.items() if i in fits}, tokens))
+        found = _score(scorer, labelled.rankings, {i: g for i, g in groups.items() if i in fits}, tokens)
+        for head in range(scorer.heads):
+            names.append(name if scorer.heads == 1 else f"{name} {HEAD}{head}")
+            scores.append({i: s[:, head] for i, s in found.items()})
         lengths = lengths or {i: torch.tensor([float(len(c)) for c in g.completions]) for i, g in groups.items()}
     kept = sorted(fits)
     if not kept:
@@ -151,7 +157,7 @@ def score(labelled: Labelled, models: Sequence[str], config: ModelConfig, tokens
     counted = Labelled(rankings=labelled.rankings, tags=labelled.tags, counts=dict(counts))
     return Scored(
         labelled=counted.of(kept),
-        names=tuple(models),
+        names=tuple(names),
         scores=tuple(tuple(by[i] for i in kept) for by in scores),
         lengths=tuple(lengths[i] for i in kept),
     )
@@ -174,14 +180,16 @@ def _groups(rankings: Sequence[Ranking], scorer: Scorer) -> tuple[dict[int, Grou
 
 
 def _score(scorer: Scorer, rankings: Sequence[Ranking], groups: Mapping[int, Group], tokens: int) -> dict[int, Tensor]:
-    measure = parts.scores_of(scorer, tokens)
+    """Row -> [K_i, heads]."""
+    measure = parts.head_scores_of(scorer, tokens) if scorer.heads > 1 else parts.scores_of(scorer, tokens)
     order = sorted(groups, key=lambda i: groups[i].token_count)
     made: dict[int, Tensor] = {}
     for start in range(0, len(order), GROUPS_AT_A_TIME):
         rows = order[start : start + GROUPS_AT_A_TIME]
         batch = Batch.from_groups([g for i in rows for g in _read_as(scorer, rankings[i], groups[i])])
         sizes = [len(groups[i].completions) for i in rows]
-        made |= dict(zip(rows, measure(batch).to("cpu", torch.float64).split(sizes), strict=True))
+        scores = measure(batch).to("cpu", torch.float64).reshape(batch.size, scorer.heads)
+        made |= dict(zip(rows, scores.split(sizes), strict=True))
     bad = next((i for i, s in made.items() if not bool(s.isfinite().all())), None)
     if bad is not None:
         raise UserError(

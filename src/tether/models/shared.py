@@ -19,7 +19,7 @@ FOLDER = "adapter"
 
 
 def save_adapter(scorer: Scorer, folder: Path) -> None:
-    """``folder/adapter``: the adapter, the scalar head and how it is read, and which weights they belong to."""
+    """``folder/adapter``: the adapter, the head or heads, how they are read, and the weights that they belong to."""
     name = scorer.adapter
     assert name is not None
     config = scorer.backbone.hf.peft_config[name]
@@ -65,7 +65,7 @@ def load_shared_scorer(folder: Path, backbone: Backbone, name: str) -> Scorer:
         )
     add_adapter(backbone.hf, name, **facts["lora"])
     tensors = load_file(place / "adapter.safetensors")
-    head = new_head(backbone, zero=True, bias="score.bias" in tensors)
+    head = new_head(backbone, zero=True, bias="score.bias" in tensors, heads=len(tensors["score.weight"]))
     head.load_state_dict({n: tensors[f"score.{n}"] for n in head.state_dict()})
     with torch.no_grad():
         for full, parameter in adapter_parameters(backbone.hf, name).items():

@@ -14,17 +14,20 @@ Coste's variance is. For two members m - σ is their minimum.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tether.core.batches import Batch
 from tether.core.protocols import Reward, Scores
 from tether.core.text import Rollout
+from tether.rewards.model import ScoreScale
 
 DISAGREEMENT = "disagreement"
+HEAD = "head-"
 
 
 def disagreement(scores: Tensor) -> Tensor:
@@ -37,9 +40,10 @@ class EnsembleOptions:
     """Which reward models, and how their scores become one.
 
     ``members``: folders or hub ids of reward models, or the folder of a ``tether reward members=K`` run, which stands
-    for the K in it. ``c`` (mean_minus_std only; 1 where it is not given): how many standard deviations are taken off.
-    ``scale``: every member's scores in its own scale (mean 0, std 1 on held-out completions) before they are combined,
-    as scores of different models have no common unit; false takes them as they are.
+    for the K in it; or one reward model of several heads, which are the members then. ``c`` (mean_minus_std only; 1
+    where it is not given): how many standard deviations are taken off. ``scale``: every member's scores in its own
+    scale (mean 0, std 1 on held-out completions) before they are combined, as scores of different models have no common
+    unit; false takes them as they are.
     """
 
     members: tuple[str, ...]
@@ -78,6 +82,39 @@ class Ensemble:
     members: Mapping[str, Reward]
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
-        found = {name: member(rollouts).total for name, member in self.members.items()}
-        scores = torch.stack(list(found.values()))
-        return Scores(total=self.options.total(scores), parts={**found, DISAGREEMENT: disagreement(scores)})
+        return _combined(self.options, {name: member(rollouts).total for name, member in self.members.items()})
+
+
+def _combined(options: EnsembleOptions, found: Mapping[str, Tensor]) -> Scores:
+    scores = torch.stack(list(found.values()))
+    return Scores(total=options.total(scores), parts={**found, DISAGREEMENT: disagreement(scores)})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Heads:
+    """The heads of one reward model, from one pass: combined as ``options`` say, or without them the model's own score,
+    which is their mean.
+
+    ``batch_of`` lays rollouts out in the reward model's own tokens; ``score`` gives [N, K] scores of a batch. With a
+    ``scale`` each head has its own, as members of an ensemble have, and so has the mean of the heads as they are.
+
+    The breakdown: with ``options`` each head's score as it enters the total, under head-0, head-1, ...; without them
+    "unscaled", the mean as the model gives it, where there is a scale. ``disagreement`` in both, in the same unit.
+    """
+
+    batch_of: Callable[[Sequence[Rollout]], Batch]
+    score: Callable[[Batch], Tensor]
+    scale: ScoreScale | None = None
+    options: EnsembleOptions | None = None
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
+        scores = self.score(self.batch_of(rollouts)).float().cpu().T
+        heads = scores
+        if self.scale is not None:
+            heads = torch.stack([own(one) for own, one in zip(self.scale.heads, scores, strict=True)])
+        if self.options is not None:
+            return _combined(self.options, {f"{HEAD}{k}": one for k, one in enumerate(heads)})
+        mean, parts = scores.mean(dim=0), {DISAGREEMENT: disagreement(heads)}
+        if self.scale is None:
+            return Scores(total=mean, parts=parts)
+        return Scores(total=self.scale(mean), parts={"unscaled": mean, **parts})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +24,23 @@ class ScoreScale:
 
     Bradley-Terry fixes differences of scores only, and how large they grow depends on data, seed and epochs: one KL
     weight in the reward would hold one policy fast and let another run away. Ouyang 2022 (section 3.5) sets the mean.
-    ``completions``: how many the numbers were measured on.
+    ``completions``: how many the numbers were measured on. Of a model of several heads: the scale of their mean, and
+    that of each in ``heads``, as heads have no common unit.
     """
 
     mean: float = 0.0
     std: float = 1.0
     completions: int = 0
+    heads: tuple[ScoreScale, ...] = ()
 
     @classmethod
     def of(cls, scores: Tensor) -> ScoreScale:
-        """Measured on ``scores`` [N]. Scores that are all equal, up to the rounding of their type, keep their unit."""
+        """Measured on ``scores``, [N] or those of K heads [N, K]. Scores that are all
+        equal, up to the rounding of their type, keep their unit."""
         if not len(scores):
             return cls()
+        if scores.dim() == 2:
+            return replace(cls.of(scores.mean(1)), heads=tuple(cls.of(one) for one in scores.unbind(1)))
         exact = scores.double()
         std = float(exact.std(correction=0))
         rounding = 4 * torch.finfo(scores.dtype).eps * float(exact.abs().max())
@@ -44,10 +50,17 @@ class ScoreScale:
     def load(cls, folder: Path) -> ScoreScale | None:
         """The scale that was saved with a reward model; None where there is none."""
         path = folder / FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**found, "heads": tuple(cls(**one) for one in found.get("heads", ()))})
 
     def save(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(self._as_data(), indent=1), encoding="utf-8")
+
+    def _as_data(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "heads"}
+        return own | ({"heads": [one._as_data() for one in self.heads]} if self.heads else {})
 
     def __call__(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std

@@ -172,9 +172,9 @@ def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: 
         for rows, outputs in parts:
             for row, value in zip(rows.tolist(), getattr(outputs, name).cpu(), strict=True):
                 out[row] = value
-        return torch.stack(out) if name == "scores" else pad_rows(out, width)
+        return torch.stack(out) if name in ("scores", "head_scores") else pad_rows(out, width)
 
-    names = ("logprobs", "entropy", "values", "scores", "token_scores")
+    names = ("logprobs", "entropy", "values", "scores", "token_scores", "head_scores")
     return Outputs(**{name: gather(name) for name in names})
 
 

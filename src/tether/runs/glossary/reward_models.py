@@ -25,6 +25,16 @@ REWARD_MODELS: dict[str, Entry] = {
         "above 1 / the number of completions, and rising",
         "below it: look for ranks that count the other way (0 must be the best)",
     ),
+    "heads/accuracy_spread": Entry(
+        "accuracy of the best head less that of the worst (reward models of several heads); accuracy is of their mean",
+        "0 to 0.1, falling",
+        "larger: some heads have learned little yet; more epochs, or a higher optim.learning_rate",
+    ),
+    "heads/disagreement": Entry(
+        "mean standard deviation over the heads of a completion's score, less each head's mean of the pair or ranking",
+        "well below margin, and higher on eval/ than on training rows",
+        "near 0 (a hundredth of margin): the heads are one, and say nothing of doubt; bootstrap, or members",
+    ),
     "accuracy/final": Entry(
         "share of completions whose outcome is foretold right at their last token (outcome reward models)",
         "above the share of the commoner label; above accuracy, which counts every token",
