@@ -26,6 +26,8 @@ from tether.models.reading import KEY, LAST, Reading
 from tether.models.roles import Policy, Scorer, new_head
 
 Say = Callable[[str], None]
+# Where a model's config.json says that its labels are heads of one reward model, and how many.
+HEADS = "tether_heads"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -136,8 +138,8 @@ def load_backbone(
     scorer: bool = False,
     say: Say = print,
 ) -> Backbone:
-    """Open ``name`` for training or scoring. ``scorer``: open it as a sequence- or token-classification model with one
-    label, whichever it was saved as."""
+    """Open ``name`` for training or scoring. ``scorer``: open it as a sequence- or token-classification model,
+    whichever it was saved as."""
     from transformers import AutoModelForCausalLM
 
     folder = resolve(name, revision=revision, say=say)
@@ -175,16 +177,29 @@ def load_backbone(
 
 
 def load_scorer(folder: str, *, dtype: str = "float32", device: str = "auto", say: Say = print) -> Scorer:
-    """Open a reward model (or critic) saved by us, or any sequence-classification folder with one label."""
+    """Open a reward model (or critic) saved by us, of one head or several, or any sequence-classification folder with
+    one label."""
     backbone = load_backbone(folder, dtype=dtype, device=device, scorer=True, say=say)
     head = getattr(backbone.hf, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise UserError(f"{folder}: not a reward model: it has no linear head `score` with one output")
+    heads = heads_in(backbone.hf.config)
+    if not isinstance(head, nn.Linear) or head.out_features != heads:
+        outputs = "one output" if heads == 1 else f"{heads} outputs, as {HEADS} in its config.json says"
+        raise UserError(f"{folder}: not a reward model: it has no linear head `score` with {outputs}")
     per_token = type(backbone.hf).__name__.endswith("ForTokenClassification")
     reading = Reading.of(backbone.hf.config, folder) if per_token else LAST
-    own = new_head(backbone, zero=True, bias=head.bias is not None)
+    own = new_head(backbone, zero=True, bias=head.bias is not None, heads=heads)
     own.load_state_dict(head.state_dict())
     return Scorer(backbone=backbone, head=own, reading=reading)
+
+
+def heads_in(config: Any) -> int:
+    """How many heads of a reward model a config speaks of."""
+    return getattr(config, HEADS, 1)
+
+
+def heads_of(folder: Path) -> int:
+    """How many heads the reward model in a folder has. Opens no weights."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get(HEADS, 1)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -196,8 +211,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def save_scorer(scorer: Scorer, folder: Path) -> None:
-    """A classification folder with one label: of sequences, which transformers reads at the last token as we do; or of
-    tokens, where our score is read off more than that, with the reading in its config."""
+    """A classification folder with one label a head: of sequences, which transformers reads at the last token as we do;
+    or of tokens, where our score is read off more than that, with the reading in its config."""
     hf, dtype = scorer.backbone.hf, scorer.backbone.dtype
     prefix = hf.base_model_prefix + "."
     state = {k: v for k, v in merged_state(hf, scorer.adapter).items() if k.startswith(prefix)}
@@ -206,7 +221,7 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
     config.get_text_config().pad_token_id = config.pad_token_id = backbone.tokenizer.pad_token_id
     state |= {f"score.{n}": p.detach().to(dtype) for n, p in scorer.head.named_parameters()}
     if scorer.reading.per_token:
-        state.setdefault("score.bias", torch.zeros(1, dtype=dtype))
+        state.setdefault("score.bias", torch.zeros(scorer.heads, dtype=dtype))
     _write(_classifier(scorer.reading.per_token), config, state, backbone, folder)
 
 
@@ -217,7 +232,8 @@ def check_can_be_saved(scorer: Scorer) -> None:
     if type(config) in auto._model_mapping:
         with _quiet(), torch.device("meta"):
             head = getattr(auto.from_config(config), "score", None)
-        if isinstance(head, nn.Linear) and head.out_features == 1 and (head.bias is not None) == per_token:
+        shape = (scorer.heads, per_token)
+        if isinstance(head, nn.Linear) and (head.out_features, head.bias is not None) == shape:
             return
     raise UserError(
         f"{scorer.backbone.name}: transformers has no {'token' if per_token else 'sequence'} classification with a "
@@ -233,9 +249,14 @@ def check_can_be_saved(scorer: Scorer) -> None:
 
 def _scorer_config(scorer: Scorer) -> Any:
     config = copy.deepcopy(scorer.backbone.hf.config)
-    config.num_labels = 1
-    if hasattr(config, KEY):
-        delattr(config, KEY)
+    config.num_labels = scorer.heads
+    for key in (KEY, HEADS):
+        if hasattr(config, key):
+            delattr(config, key)
+    if scorer.heads > 1:
+        setattr(config, HEADS, scorer.heads)
+        config.id2label = {k: f"head-{k}" for k in range(scorer.heads)}
+        config.label2id = {name: k for k, name in config.id2label.items()}
     if scorer.reading.per_token:
         setattr(config, KEY, scorer.reading.as_config())
     return config

@@ -55,6 +55,8 @@ class Scorer:
     score of them as ``reading`` says (``scores`` [B], unless told otherwise at the last token); as a critic, the state
     before each completion token (``values`` [B, T]) and after the last one (``scores``, the bootstrap of a cut
     completion). ``language``: log-probs under the language-model head come with them, from the same pass.
+
+    ``head`` may hold K of them: each gives a score of its own (``head_scores`` [B, K]), and the rest is their mean.
     """
 
     backbone: Backbone
@@ -67,6 +69,10 @@ class Scorer:
     def device(self) -> torch.device:
         return self.backbone.device
 
+    @property
+    def heads(self) -> int:
+        return self.head.out_features
+
     def parameters(self) -> dict[str, nn.Parameter]:
         own = {f"score.{n}": p for n, p in self.head.named_parameters()}
         if self.adapter is not None:
@@ -75,17 +81,29 @@ class Scorer:
         return {**{n: p for n, p in trunk.named_parameters() if ".lora_" not in n}, **own}
 
     def _project(self, states: Tensor) -> Tensor:
-        return self.head(states.to(self.head.weight.dtype)).squeeze(-1).float()
+        """[N, d] -> [N, K]."""
+        return self.head(states.to(self.head.weight.dtype)).float()
 
     def read(self, hidden: Hidden, batch: Batch) -> Outputs:
-        before, last = _per_token(self._project(hidden.predicts), batch), self._project(hidden.last)
-        at = states_at(before, last, batch.lengths)
+        predicts, last = self._project(hidden.predicts), self._project(hidden.last)
+        before, at, scores = self._read(predicts.mean(1), last.mean(1), batch)
+        heads = None
+        if self.heads > 1:
+            each = zip(predicts.unbind(1), last.unbind(1), strict=True)
+            heads = torch.stack([self._read(*one, batch)[2] for one in each], dim=1)
+            scores = heads.mean(1)
         logprobs = None
         if self.language:
             targets = batch.tokens[batch.present]
             found, _ = self.backbone.head(hidden.predicts, targets, temperature=1.0, entropy=False)
             logprobs = _per_token(found, batch)
-        return Outputs(logprobs=logprobs, values=before, scores=self.reading(at, last, batch), token_scores=at)
+        return Outputs(logprobs=logprobs, values=before, scores=scores, token_scores=at, head_scores=heads)
+
+    def _read(self, predicts: Tensor, last: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one head: before each token [B, T], at each token [B, T], of the completion [B]."""
+        before = _per_token(predicts, batch)
+        at = states_at(before, last, batch.lengths)
+        return before, at, self.reading(at, last, batch)
 
     def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
         return self.read(self.backbone.hidden(batch, self.adapter), batch)
@@ -121,11 +139,11 @@ class ActorCritic:
 Role = Policy | Scorer | ActorCritic
 
 
-def new_head(backbone: Backbone, *, zero: bool, bias: bool = False) -> nn.Linear:
-    """A scalar head for ``backbone``: 0 everywhere (``zero``, a critic) or small random numbers (a reward model).
-    ``bias`` starts at 0."""
+def new_head(backbone: Backbone, *, zero: bool, bias: bool = False, heads: int = 1) -> nn.Linear:
+    """A scalar head for ``backbone``, or several, each with numbers of its own: 0 everywhere (``zero``, a critic) or
+    small and random (a reward model). ``bias`` starts at 0."""
     size = backbone.config.hidden_size
-    head = nn.Linear(size, 1, bias=bias, device=backbone.device, dtype=torch.float32)
+    head = nn.Linear(size, heads, bias=bias, device=backbone.device, dtype=torch.float32)
     with torch.no_grad():
         if bias:
             head.bias.zero_()
