@@ -106,6 +106,16 @@ RL: dict[str, Entry] = {
         "near where it began, unless length is what the reward asks for",
         "climbing with the reward: the reward pays for length; see the report's length chart",
     ),
+    "pass@k": Entry(
+        "share of held-out prompts that one of k answers gets right: mean over prompts, unbiased (verify; Chen 2021)",
+        "rising from step 0 by more than the interval from pass@k/low to pass@k/high is wide",
+        "within it: no measurable change; more verify.prompts, more steps; pass@1 up and pass@k down: less is explored",
+    ),
+    "pass@k/*": Entry(
+        "an end of the 95 % interval of pass@k: Wilson's, at the effective sample size of the prompts",
+        "near to pass@k",
+        "far away: more verify.prompts narrow it, more verify.samples only a little",
+    ),
     "rollout/truncated": Entry(
         "share of completions cut at sampling.max_new_tokens",
         "below 0.1",
