@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tether.core.errors import UserError
+from tether.core.errors import UserError, nearest
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -58,7 +58,46 @@ def add_adapter(
         raise UserError(
             f"LoRA can't be put on this model: {error}\n  name the layers with model.lora.targets"
         ) from error
+    _check_places(model, name, targets)
     model.eval()  # the new layers come with their dropout switched on
+
+
+def _check_places(model: Any, name: str, targets: Sequence[str]) -> None:
+    """Raises UserError where a part of the adapter would be ignored, or could not be saved."""
+    adapted = [path for path, layer in _layers(model) if name in layer.lora_A or name in layer.lora_embedding_A]
+    for target in targets:
+        if not any(f".{path}".endswith(f".{target}") for path in adapted):
+            known = sorted({path.rsplit(".", 1)[-1] for path, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise UserError(
+                f"LoRA can't be put on {target}: no layer that may be adapted has this name{nearest(target, known)}\n"
+                "  take it out of model.lora.targets"
+            )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    trunk = {id(module) for module in model.base_model.modules()}
+    for path, layer in _layers(model):
+        if name in layer.lora_embedding_A:
+            why = "an embedding, and only linear layers can be adapted"
+        elif name in layer.lora_A and layer is head and head.weight is embedding.weight:
+            why = "the head of this model, which is its embedding too, so it can't have an adapter of its own"
+        elif name in layer.lora_A and layer is not head and id(layer) not in trunk:
+            why = "neither in the trunk nor the language-model head, so nothing would run it"
+        else:
+            continue
+        raise UserError(f"LoRA can't be put on {path}: it is {why}\n  take it out of model.lora.targets")
+
+
+def running(layer: Any) -> str | None:
+    """The adapter under which a layer runs now; None: bare."""
+    return None if getattr(layer, "_disable_adapters", True) else layer._active_adapter[0]
+
+
+def low_rank(layer: Any, name: str | None, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What adapter ``name`` adds to a linear layer, as (alpha / rank · A h [K, r], B [out, r]); None where there is
+    none."""
+    if name is None or name not in getattr(layer, "lora_A", ()):
+        return None
+    a, b = layer.lora_A[name], layer.lora_B[name].weight
+    return layer.scaling[name] * a(layer.lora_dropout[name](hidden.to(a.weight.dtype))), b
 
 
 def _linear_names(trunk: nn.Module) -> list[str]:

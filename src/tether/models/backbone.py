@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.models import attention
-from tether.models.adapters import active
+from tether.models.adapters import active, low_rank, running
 from tether.models.logprobs import token_logprobs
 from tether.models.packed import pack
 
 Mode = Literal["packed", "padded"]
+# Names under which configs and attention modules keep the reach of their local attention.
+WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 # Largest |difference| of hidden states, relative to their size, at which the packed pass counts as the plain one.
 PACKED_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# The same of logits of one and the same state: only the rounding of one matrix product is between them.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,10 +60,41 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         return next(self.hf.parameters()).dtype
 
+    @property
+    def context(self) -> int:
+        """Most tokens that a prompt and its completion may have together.
+
+        Where rotary frequencies change with the length of the sequence (dynamic NTK, longrope), it ends where they
+        begin to: beyond, the log-prob of a token would depend on how long its own, or another, completion goes on.
+        """
+        limit = int(getattr(self.config, "max_position_embeddings", None) or 10**9)
+        return min(limit, self._steady_rope or limit)
+
+    @property
+    def _steady_rope(self) -> int | None:
+        """Longest sequence before rotary frequencies change with length; None where they never do."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+        first = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+        names = [(r, first[r["rope_type"]]) for r in kinds if r.get("rope_type") in first]
+        return min((int(r.get(name) or getattr(self.config, name)) for r, name in names), default=None)
+
     def hidden(self, batch: Batch, adapter: str | None) -> Hidden:
         """One pass of the trunk over ``batch``."""
+        if self._steady_rope is not None:
+            self._check_length(batch, self._steady_rope)
         with active(self.hf, adapter):
             return self._packed(batch) if self.mode == "packed" else self._padded(batch)
+
+    def _check_length(self, batch: Batch, limit: int) -> None:
+        prompts = [len(batch.prompts[p]) for p in batch.prompt_of.tolist()]
+        longest = max((p + n for p, n in zip(prompts, batch.lengths.tolist(), strict=True)), default=0)
+        if longest > limit:
+            raise UserError(
+                f"{self.name}: a prompt and its completion have {longest} tokens; beyond {limit} this model's rotary "
+                "frequencies change with the length of the text, and log-probs would not be those of the sampler\n"
+                "  lower data.max_prompt_tokens, data.max_completion_tokens or sampling.max_new_tokens"
+            )
 
     def run_trunk(self, layout: attention.Layout, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Hidden states [b, N, d] under ``layout``. A mask that is already 4-D is passed through untouched by
@@ -98,14 +133,17 @@ class Backbone:
         ]
         return Hidden(predicts=torch.cat(predicts), last=states[torch.arange(len(rows), device=ids.device), sizes - 1])
 
-    def head(self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [K] of ``targets`` [K] under the language-model head."""
+    def head(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, adapter: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [K] of ``targets`` [K] under the language-model head (and ``adapter`` on it)."""
         output = self.hf.get_output_embeddings()
         return token_logprobs(
             hidden,
             output.weight,
             targets,
             bias=getattr(output, "bias", None),
+            low_rank=low_rank(output, adapter, hidden),
             temperature=temperature,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
@@ -113,16 +151,19 @@ class Backbone:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[K, V] float32, for the sampler."""
+        """[K, V] float32, for the sampler; under the adapter that is active."""
         output = self.hf.get_output_embeddings()
         logits = torch.nn.functional.linear(hidden, output.weight, getattr(output, "bias", None)).float()
+        if (lora := low_rank(output, running(output), hidden)) is not None:
+            logits += torch.nn.functional.linear(*lora)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits * self.logit_scale
 
     @property
     def softcap(self) -> float | None:
-        return getattr(self.config, "final_logit_softcapping", None)
+        names = ("final_logit_softcapping", "logits_soft_cap")  # Gemma's, and RecurrentGemma's
+        return next((cap for n in names if (cap := getattr(self.config, n, None))), None)
 
     @property
     def logit_scale(self) -> float:
@@ -136,17 +177,21 @@ class Backbone:
         """Run one small group both ways; an architecture the packed pass can't serve falls back to padding, said once.
 
         The measure is the architecture's own eager attention: ours and transformers' SDPA know nothing of, say,
-        attention sinks. Also compares our head with the model's own logits: a model whose head does something we
-        don't know is refused.
+        attention sinks. Windows are narrowed meanwhile, so that a short group reaches beyond them. Also compares our
+        head with the model's own logits: a model whose head does something we don't know is refused.
         """
+        if self.hf.base_model is self.hf:
+            raise UserError(
+                f"{self.name}: transformers does not say which part of it is below the head; use another model"
+            )
         batch = self._probe()
         own, switchable = self.hf.config._attn_implementation, self.hf._can_set_attn_implementation()
-        with active(self.hf, None):
+        with active(self.hf, None), self._narrow_windows(8):
             if switchable:
                 self.hf.set_attn_implementation("eager")
             plain = self._padded(batch)
             if self.hf.get_output_embeddings() is not None:
-                self._check_head(torch.cat([batch.prompts[0], batch.tokens[1]]), plain.last[1:])
+                self._check_head(torch.cat([batch.prompts[0], batch.tokens[1]]))
             if self.mode == "packed":
                 if switchable and self._packs(batch, plain):
                     return
@@ -168,10 +213,9 @@ class Backbone:
         return False
 
     def _probe(self) -> Batch:
-        """Two completions of one prompt of random tokens; the prompt is longer than a short sliding window."""
+        """Two completions of one prompt of random tokens, both parts longer than a narrowed window."""
         generator = torch.Generator().manual_seed(0)
-        window = getattr(self.config, "sliding_window", None) or 8
-        sizes = (min(window, 48) + 3, 18)
+        sizes = (11, 18)
         prompt, tokens = (torch.randint(0, self.config.vocab_size, (n,), generator=generator) for n in sizes)
         batch = Batch(
             prompts=(prompt,),
@@ -182,9 +226,30 @@ class Backbone:
         )
         return batch.to(self.device)
 
-    def _check_head(self, ids: Tensor, hidden: Tensor) -> None:
-        own = self.hf(input_ids=ids[None], use_cache=False).logits[:, -1].float()
-        if not torch.allclose(self.logits(hidden), own, atol=PACKED_TOLERANCE[self.dtype] * 50, rtol=1e-2):
+    @contextlib.contextmanager
+    def _narrow_windows(self, reach: int) -> Iterator[None]:
+        """Every window of more than ``reach`` tokens, in the config and in the modules, is ``reach`` inside."""
+        holders = [self.config, *self.hf.modules()]
+        found = [(h, name, getattr(h, name, None)) for h in holders for name in WINDOWS]
+        wide = [(h, name, value) for h, name, value in found if isinstance(value, int) and value > reach]
+        for holder, name, _ in wide:
+            setattr(holder, name, reach)
+        try:
+            yield
+        finally:
+            for holder, name, value in wide:
+                setattr(holder, name, value)
+
+    def _check_head(self, ids: Tensor) -> None:
+        """Our logits against the model's own, of the same states."""
+        seen: list[Tensor] = []
+        hook = self.hf.base_model.register_forward_hook(lambda _m, _i, out: seen.append(out.last_hidden_state))
+        try:
+            own = self.hf(input_ids=ids[None], use_cache=False).logits[0].float()
+        finally:
+            hook.remove()
+        gap = (self.logits(seen[0][0]) - own).abs().max()
+        if not float(gap) <= HEAD_TOLERANCE[self.dtype] * float(own.abs().max()):
             raise UserError(
                 f"{self.name}: its output head is not hidden · Wᵀ, so log-probs would be wrong; use another model"
             )

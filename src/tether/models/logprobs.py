@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.models.linear import product
+
 # Bytes of logits that exist at once in a chunk, forward or backward.
 CHUNK_BYTES = 96 * 2**20
 
@@ -16,17 +18,28 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
     """[n, V] logits of a chunk in float32 or better, divided by the temperature through ``scale``."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = product(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if low is not None and up is not None:
+        logits += torch.nn.functional.linear(low, up)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return logits * scale
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b)), logits recomputed chunk by chunk in the backward."""
+    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)), logits recomputed chunk by chunk in the
+    backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -34,6 +47,8 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
         scale: float,
         softcap: float | None,
@@ -44,14 +59,14 @@ class _TokenLogProbs(torch.autograd.Function):
         log_z = torch.empty_like(logprobs)
         entropy = torch.zeros_like(logprobs)
         for part in _chunks(rows, weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, scale, softcap)
+            logits = _logits(hidden[part], weight, bias, None if low is None else low[part], up, scale, softcap)
             log_z[part] = logits.logsumexp(dim=-1)
             logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_z[part]
             if want_entropy:
                 # H = log Z - E[logit]
                 probs = (logits - log_z[part, None]).exp_()
                 entropy[part] = log_z[part] - probs.mul_(logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_z, entropy)
         ctx.scale, ctx.softcap, ctx.want_entropy = scale, softcap, want_entropy
         if not want_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -59,13 +74,15 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        hidden, weight, bias, low, up, targets, log_z, entropy = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, need_low, need_up = ctx.needs_input_grad[:5]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=log_z.dtype) if need_bias else None
+        grad_low = torch.empty_like(low) if need_low else None
+        grad_up = torch.zeros_like(up, dtype=log_z.dtype) if need_up else None
         for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
+            logits = _logits(hidden[part], weight, bias, None if low is None else low[part], up, ctx.scale, ctx.softcap)
             log_p = logits - log_z[part, None]
             probs = log_p.exp()
             # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
@@ -76,17 +93,23 @@ class _TokenLogProbs(torch.autograd.Function):
             grad *= ctx.scale
             if ctx.softcap is not None:
                 grad *= 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
+            if grad_low is not None:
+                grad_low[part] = grad.to(up.dtype) @ up
+            if grad_up is not None and low is not None:
+                grad_up += grad.T.to(low.dtype) @ low[part]
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight
+                grad_hidden[part] = product(grad, weight.t())
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
+                grad_weight += product(grad.t(), hidden[part].t())
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            grad_low,
+            None if grad_up is None else grad_up.to(up.dtype),
             None,
             None,
             None,
@@ -100,6 +123,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -108,7 +132,10 @@ def token_logprobs(
     """log p(targets | hidden) under softmax(logit_scale · hidden Wᵀ / temperature), and its entropy.
 
     ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) nats, float32 (float64 of a
-    float64 model). Entropies are zeros where they were not asked for.
+    float64 model). Entropies are zeros where they were not asked for. ``low_rank``: l [K, r] and U [V, r] of an adapter
+    on the head, which adds l Uᵀ to the logits.
     """
+    low, up = low_rank or (None, None)
     # Scale and soft cap don't commute; but families that cap (Gemma) don't scale, and those that scale don't cap.
-    return _TokenLogProbs.apply(hidden, weight, bias, targets, logit_scale / temperature, softcap, entropy)  # type: ignore[return-value]
+    scale = logit_scale / temperature
+    return _TokenLogProbs.apply(hidden, weight, bias, low, up, targets, scale, softcap, entropy)  # type: ignore[return-value]

@@ -41,7 +41,11 @@ class Policy:
 
     def read(self, hidden: Hidden, batch: Batch, *, entropy: bool) -> Outputs:
         logprobs, entropies = self.backbone.head(
-            hidden.predicts, batch.tokens[batch.present], temperature=self.temperature, entropy=entropy
+            hidden.predicts,
+            batch.tokens[batch.present],
+            temperature=self.temperature,
+            entropy=entropy,
+            adapter=self.adapter,
         )
         return Outputs(logprobs=_per_token(logprobs, batch), entropy=_per_token(entropies, batch) if entropy else None)
 
@@ -95,7 +99,9 @@ class Scorer:
         logprobs = None
         if self.language:
             targets = batch.tokens[batch.present]
-            found, _ = self.backbone.head(hidden.predicts, targets, temperature=1.0, entropy=False)
+            found, _ = self.backbone.head(
+                hidden.predicts, targets, temperature=1.0, entropy=False, adapter=self.adapter
+            )
             logprobs = _per_token(found, batch)
         return Outputs(logprobs=logprobs, values=before, scores=scores, token_scores=at, head_scores=heads)
 

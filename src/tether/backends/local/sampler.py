@@ -57,7 +57,7 @@ class LocalSampler:
         """``n`` completions of each prompt, group by group. The draw of sample i of a prompt depends on
         (seed, prompt id, i) and the weights alone."""
         rows: list[Row] = []
-        limit = int(getattr(self.policy.backbone.config, "max_position_embeddings", None) or 10**9)
+        limit = self.policy.backbone.context
         for group, prompt in enumerate(prompts):
             tokens = self.chat.prompt(prompt)
             room = min(settings.max_new_tokens, limit - len(tokens))
