@@ -82,6 +82,24 @@ class OptimizerBatches(Sequence[tuple[Group, ...]]):
         return (self[step] for step in range(self._length))
 
 
+def check_budget(sizes: Sequence[tuple[str, int]], token_budget: int, *, what: str, refuse: bool) -> str | None:
+    """What to say of groups (or rollouts) that exceed ``token_budget`` by themselves. ``sizes``: names and tokens.
+
+    They are computed alone all the same; UserError where they are to be refused.
+    """
+    over = [(size, name) for name, size in sizes if size > token_budget]
+    if not over:
+        return None
+    longest, name = max(over)
+    found = (
+        f"{len(over)} of {len(sizes)} {what} have more tokens than optim.tokens_per_micro_batch={token_budget}; "
+        f"the longest, {name}, has {longest}"
+    )
+    if refuse:
+        raise UserError(f"{found}\n  raise optim.tokens_per_micro_batch, leave long rows out, or optim.oversize=run")
+    return f"{found}: each of them runs alone, in more memory than the rest"
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Units of one prompt that stay together, and the tokens they compute (the prompt counted once)."""

@@ -12,7 +12,7 @@ from tether.config.schema import OfflineConfig
 from tether.core.batches import Batch, Group
 from tether.core.metrics import values
 from tether.core.protocols import Loss
-from tether.data.batching import OptimizerBatches
+from tether.data.batching import OptimizerBatches, check_budget
 from tether.data.chat import ChatTokenizer
 from tether.data.readers import Kind
 from tether.methods import parts
@@ -75,6 +75,10 @@ def run(
     batches = OptimizerBatches(
         data.train, config.prompts_per_step, config.epochs, config.run.seed, by_length=method.by_length
     )
+    sizes, optim = [(g.id, g.token_count) for g in data.train], config.optim
+    note = check_budget(sizes, optim.tokens_per_micro_batch, what="groups", refuse=optim.oversize == "refuse")
+    if note is not None:
+        say(note)
     if dry_run:
         parts.describe_dry_run(config, _schedule(config, batches, data), chat.token_table(data.train[0]))
         return Path(config.run.folder or ".")

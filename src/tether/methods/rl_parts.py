@@ -19,6 +19,7 @@ from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.core.protocols import Reward
 from tether.core.text import Prompt
+from tether.data.batching import check_budget
 from tether.data.chat import ChatTokenizer
 from tether.data.groups import tokenise
 from tether.data.readers import read
@@ -279,6 +280,15 @@ def open_prompts(config: RLConfig | IterateConfig, chat: ChatTokenizer, say: par
             f"{config.data.train}: no prompts are left"
             + (f"; the shortest has {min(sizes)} tokens: raise data.max_prompt_tokens" if sizes else "")
         )
+    longest, optim = config.sampling.max_new_tokens, config.optim
+    note = check_budget(
+        [(p.id, size + longest) for p, size in zip(rows.records, sizes, strict=True) if size <= limit],
+        optim.tokens_per_micro_batch,
+        what=f"prompts, with answers of sampling.max_new_tokens={longest},",
+        refuse=optim.oversize == "refuse",
+    )
+    if note is not None:
+        say(f"  {note}")
     return list(kept), rows.fingerprint
 
 
