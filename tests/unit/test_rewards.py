@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from decimal import Decimal
 
 import numpy
 import pytest
@@ -58,11 +59,46 @@ def rollout(text: str, name: str = "p", **metadata) -> Rollout:
         ("8\u22123", 3),
         ("3e", 3),
         ("3eggs", 3),
-        ("9" * 400, math.inf),
     ],
 )
 def test_the_last_number_of_a_text(text, number):
-    assert last_number(text) == number
+    assert last_number(text) == (None if number is None else Decimal(str(number)))
+
+
+def test_a_number_too_large_for_anything_is_no_error_and_equals_nothing():
+    assert last_number("9" * 400) == 10**400 - 1
+    assert last_number("1e999999999999") > 10**400
+    for text in ("7e" + "9" * 30, "7e-" + "9" * 30):
+        assert last_number(text).is_nan()
+        assert ExactNumber()([rollout(text, answer=7), rollout(text, answer=0.0)]).total.tolist() == [0, 0]
+        with pytest.raises(RewardFailure, match="holds no number: '7e"):
+            ExactNumber()([rollout(text, answer=text)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("1000000.5", ["1,000,000.50", "1000000.5", "1.0000005e6"], ["1000000.4999999", "1000000.5000001", "1000000"]),
+        (1000000.5, ["1000000.5"], ["1000000.4999999", "1000000.50000001"]),
+        ("1e-7", ["0.0000001", "1e-7", ".1e-6"], ["2e-7", "0", "1.0000001e-7"]),
+        (1e-7, ["0.0000001", "1e-7"], ["2e-7", "0", "0.00000010000001"]),
+        (2**63 + 1, ["9,223,372,036,854,775,809", str(2**63 + 1)], [str(2**63), "9.223372036854776e18"]),
+        ("0.1", ["0.1", ".10"], ["0.1000000000000000055511151231257827", "0.10000001"]),
+        (0.1, ["0.1", "1e-1"], ["0.1000000000000000055511151231257827", "0.1000001"]),
+        (0.0, ["0", "-0.0", "0e5"], ["1e-300", "-1e-9"]),
+        (float(2**53 - 1), [str(2**53 - 1)], [str(2**53 - 2)]),
+        (1e300, ["1e300", "1" + "0" * 300], ["1e301", "1.000001e300"]),
+        # Nobody wrote these: a float's own digits, of which six are enough.
+        (1 / 3, ["0.3333333333333333", "0.3333333", "0.33333333333333333333"], ["0.3333", "0.333334", "0.334", "1/3"]),
+        (1e6 / 7, ["142857.142857", "142857.1"], ["142857.5", "142858"]),
+        (1e-20 / 3, ["3.333333333e-21"], ["0", "3.3334e-21", "1e-6"]),
+        (2.0**70, [str(2**70)], ["1e21", "1e999999999999"]),
+    ],
+)  # fmt: skip
+def test_equal_is_the_same_value_to_the_last_digit(answer, right, wrong):
+    texts = [*right, *wrong]
+    found = ExactNumber()([rollout(t, answer=answer) for t in texts]).total.tolist()
+    assert dict(zip(texts, found, strict=True)) == {t: float(t in right) for t in texts}
 
 
 def test_exact_number_compares_with_the_column():

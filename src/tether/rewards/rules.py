@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import ClassVar
 
 import torch
@@ -29,16 +30,32 @@ _NUMBER = re.compile(
 )
 
 
-def last_number(text: str) -> float | None:
-    """The last number in ``text``, thousands commas and exponents allowed; None where there is none."""
+def last_number(text: str) -> Decimal | None:
+    """The last number in ``text`` as it is written, thousands commas and exponents allowed; None where there is none.
+    NaN, which equals nothing, where its exponent has more than 18 digits."""
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    if not found:
+        return None
+    try:
+        return Decimal(found[-1].replace(",", "").replace("\u2212", "-"))
+    except InvalidOperation:
+        return Decimal("NaN")
+
+
+def _calculated(value: object) -> bool:
+    """Whether ``value`` is a float of more than 15 digits, as a calculation leaves it (0.3333333333333333). Up to 15
+    digits, and whole numbers below 2^53, come through a float as they were written."""
+    if not isinstance(value, float) or not math.isfinite(value) or (value.is_integer() and abs(value) < 2**53):
+        return False
+    return len(Decimal(repr(value)).normalize().as_tuple().digits) > 15
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactNumber:
     """1 where the last number of the completion equals the prompt's ``column``, else 0 (GSM8K; Cobbe 2021).
 
+    Equal is the same value, to the last digit: 42 and 42.00, 1,000 and 1e3, but not 0.33 and 0.333. Only where the
+    column is a float that nobody wrote (more than 15 digits, the result of a calculation) a relative 1e-6 is enough.
     ``within``: judge only what the last tag of this name holds, e.g. answer for <answer>…</answer>."""
 
     beside: ClassVar[int] = 1
@@ -50,11 +67,13 @@ class ExactNumber:
 
     def _right(self, rollout: Rollout) -> float:
         answer = column(rollout, self.column)
-        wanted = answer if isinstance(answer, float) else last_number(str(answer))
-        if wanted is None or not math.isfinite(wanted):
-            raise RewardFailure(f"its column {self.column!r} holds no number: {answer!r}")
         got = last_number(inside(rollout.text, self.within))
-        return float(got is not None and abs(wanted - got) < 1e-6)
+        if _calculated(answer):
+            return float(got is not None and math.isclose(answer, float(got), rel_tol=1e-6))
+        wanted = last_number(str(answer))
+        if wanted is None or not wanted.is_finite():
+            raise RewardFailure(f"its column {self.column!r} holds no number: {answer!r}")
+        return float(got == wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
