@@ -30,6 +30,8 @@ from tether.methods.rl_parts import (
     open_prompts,
 )
 from tether.models.roles import ActorCritic, Policy
+from tether.reports.before_after import changes
+from tether.reports.run import read_run
 from tether.runs.folder import RunFolder
 from tether.training import online
 from tether.training.guards import Guards
@@ -75,6 +77,8 @@ def run(
         say(line)
     with parts.open_run(config, "rl", mark, resume=resume) as folder:
         _train(config, algorithm, folder, chat, prompts, pretraining, watch, guards, held_out, quiet)
+        for change in changes(read_run(folder.path).held_out):
+            say(change.sentence)
         return parts.finish(folder, config, say)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tether.core.errors import UserError
 from tether.reports import svg
+from tether.reports.before_after import changes
 from tether.reports.page import Figure, averaged, number, render, thin, time_figure
 from tether.reports.svg import Series
 from tether.reports.verdict import verdict
@@ -31,6 +32,8 @@ TOGETHER = {
     "policy/clip_low": ("policy/clip_low", "policy/clip_high"),
 }
 SAMPLES_PER_SIDE = 8
+# What the ends of a metric's interval are called.
+ENDS = ("/low", "/high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +97,13 @@ def run_report(folder: Path) -> str:
     }
     memory = svg.finite(run.train.get("memory/peak_gib", ([], []))[1])
     first, last = _samples(run.samples)
+    found = changes(run.held_out)
+    told = [verdict(run.method, run.finished, run.train, run.held_out), *(one.sentence for one in found)]
     return render(
         "run.html",
         run=run,
-        verdict=verdict(run.method, run.finished, run.train, run.held_out),
+        verdict=" ".join(told),
+        changes=found,
         notes=[*run.notes, *_unfinite(run)],
         headline=[f for leads, f in figures if leads],
         rest=[f for leads, f in figures if not leads],
@@ -120,11 +126,13 @@ def _unfinite(run: Run) -> list[str]:
 
 def _figures(run: Run) -> list[tuple[bool, Figure]]:
     """(is it a headline, figure), headlines first, in their order."""
-    leading = [n for n in HEADLINE if n in run.train or n in run.held_out]
+    ends = {f"{n}{end}" for n in run.held_out for end in ENDS if f"{n}{end}" in run.held_out}
+    leading = [n for n in run.held_out if n.startswith("pass@") and n not in ends]
+    leading += [n for n in HEADLINE if n in run.train or n in run.held_out]
     if run.method != "rl" and "loss" in run.train | run.held_out:
         leading.insert(0, "loss")
     names = leading + [n for n in {**run.train, **run.held_out} if n not in leading]
-    drawn: set[str] = set()
+    drawn: set[str] = set(ends)  # an interval is drawn around its metric
     figures = []
     for name in names:
         if name in drawn or name.startswith(("time/", "memory/")):
@@ -142,6 +150,9 @@ def _figure(run: Run, names: Sequence[str]) -> Figure:
             if name in columns:
                 lines.append((name + label, *columns[name]))
     series = [Series(name=label, x=a, y=b, markers=len(x) <= 12) for label, x, y in lines for a, b in [averaged(x, y)]]
+    if (edges := [run.held_out.get(f"{names[0]}{end}", ([], []))[1] for end in ENDS]) and all(edges):
+        low, high = (averaged(lines[0][1], edge)[1] for edge in edges)
+        series[0] = replace(series[0], band=(low, high))
     table = {label: dict(zip(x, y, strict=True)) for label, x, y in lines}
     steps = sorted({s for _, x, _ in lines for s in x})
     shown, note = thin([(int(s), *(table[n].get(s) for n in table)) for s in steps])
