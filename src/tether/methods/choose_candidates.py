@@ -25,6 +25,7 @@ from tether.methods.judge_models import PairJudge
 from tether.methods.judges import open_pair_judge, open_reward
 from tether.models.load import fingerprint
 from tether.models.roles import Policy
+from tether.rewards.beside import sample_beside
 from tether.runs.log import plain, read_lines
 from tether.runs.storage import write_text
 
@@ -136,7 +137,7 @@ class Generator:
         self, prompts: Sequence[Prompt], n: int, settings: SamplingSettings, seed: int
     ) -> tuple[list[Rollout], list[Candidate]]:
         """``n`` completions of each prompt, one prefill a prompt, and what they score."""
-        rollouts = self.sampler.sample(prompts, n=n, settings=settings, seed=seed)
+        rollouts = sample_beside(self.sampler, self.reward, prompts, n=n, settings=settings, seed=seed)
         return rollouts, score(self.reward, rollouts, self.origin, n, self.number)
 
 
