@@ -16,6 +16,7 @@ import torch
 from tether.config.load import resolve_yaml
 from tether.config.schema import ChooseConfig, ModelConfig, SamplingConfig
 from tether.core.errors import RewardFailure, UserError
+from tether.core.protocols import Reward
 from tether.core.text import Prompt
 from tether.data.readers import read
 from tether.evals.best_of_n import CurvePoint, doubling, reached, reward_curve
@@ -43,8 +44,11 @@ from tether.methods.choose_select import (
     usable,
 )
 from tether.methods.judge_checks import check_no_memory, check_no_tokens
+from tether.methods.judge_counts import record
 from tether.methods.judges import open_pair_judge, open_rule
 from tether.methods.sample import open_sampler
+from tether.rewards.judges.ask import sentence
+from tether.rewards.meter import counted
 from tether.runs.folder import RunFolder, new_path
 from tether.runs.log import plain
 from tether.runs.storage import write_text
@@ -71,8 +75,8 @@ def run(config: ChooseConfig, *, resume: bool = False, dry_run: bool = False, qu
     with RunFolder.create(path, config_yaml=resolve_yaml(config), method="choose", resume=resume) as folder:
         for note in folder.notes:
             say(note)
-        by_generator = _candidates(config, prompts, folder, say)
-        _write(config, by_generator, folder.path, say)
+        by_generator, asked_for = _candidates(config, prompts, folder, say)
+        _write(config, by_generator, record(folder, asked_for), folder.path, say)
     return path
 
 
@@ -109,25 +113,31 @@ def check(config: ChooseConfig) -> None:
             raise UserError("a pair_judge ranks the answers of one generator only; use one generator, or type: judge")
 
 
-def _candidates(config: ChooseConfig, prompts: list[Prompt], folder: RunFolder, say: parts.Say) -> list[Pools]:
-    """Per generator, the candidates of each prompt."""
+def _candidates(
+    config: ChooseConfig, prompts: list[Prompt], folder: RunFolder, say: parts.Say
+) -> tuple[list[Pools], dict[str, float]]:
+    """Per generator, the candidates of each prompt; and what a judge among the reward was asked."""
     if config.given is not None:
-        return [given(prompts, config.given, config.reward, config.data.train, say)]
+        pools, counts = given(prompts, config.given, config.reward, config.data.train, say)
+        return [pools], counts
     settings, seed, reward = config.sampling.settings(), config.run.seed, config.reward
     assert reward is not None
     origin = {"prompts": config.data.train, "seed": seed, "sampling": plain(config.sampling.model_dump())}
     found: list[Pools] = []
+    rewards: list[Reward] = []
     for number, name in enumerate((config.model.name, *config.models)):
         say(f"generator {name}: {config.n} completions of each prompt")
         own = {} if number == 0 else {"name": name, "revision": None}
         model = config.model.model_copy(update=own)
 
         def opened(model: ModelConfig = model, number: int = number) -> Generator:
-            return Generator.open(model, open_sampler(model, None, settings, say), reward, say, origin, number)
+            made = Generator.open(model, open_sampler(model, None, settings, say), reward, say, origin, number)
+            rewards.append(made.reward)
+            return made
 
         file = folder.file(f"drawn-{number}.jsonl")
         found.append(drawn(file, prompts, config.n, settings, seed, opened, say))
-    return found
+    return found, counted(rewards)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -173,12 +183,14 @@ def _rows(config: ChooseConfig, pools: Pools, taken: Sequence[Sequence[Any]], by
     return [preference(chosen, rejected, pool, source) for (chosen, rejected), pool in found]
 
 
-def _write(config: ChooseConfig, by_generator: Sequence[Pools], folder: Path, say: parts.Say) -> None:
+def _write(
+    config: ChooseConfig, by_generator: Sequence[Pools], judge: Mapping[str, float], folder: Path, say: parts.Say
+) -> None:
     pools = [[c for pools in by_generator for c in pools[i]] for i in range(len(by_generator[0]))]
     choice = choose(config, pools)
     write_rows(folder / "candidates.jsonl", [_all(pool) for pool in pools if pool])
     relative = config.reward is not None and open_pair_judge(config.reward) is not None
-    summary = _summary(by_generator, choice, relative=relative)
+    summary = {**_summary(by_generator, choice, relative=relative), "judge": judge}
     write_text(folder / "summary.json", json.dumps(plain(summary), indent=2, ensure_ascii=False))
     for line in told(summary):
         say(line)
@@ -267,7 +279,8 @@ def table(points: Sequence[CurvePoint], *, binary: bool) -> list[str]:
 
 def told(summary: Mapping[str, Any]) -> list[str]:
     """The summary in words."""
-    lines = [RELATIVE] if summary["reward_is_relative"] else []
+    lines = [f"judge: {sentence(summary['judge'])}"] if summary.get("judge") else []
+    lines += [RELATIVE] if summary["reward_is_relative"] else []
     for name, curve in summary["curves"].items():
         points = [CurvePoint(**p) for p in curve["points"]]
         if points:

@@ -17,6 +17,8 @@ from tether.methods.choose_select import EMPTY, UNSCORED, Candidate, best_first,
 from tether.methods.judge_checks import check_no_memory
 from tether.methods.judges import given_judge, open_pair_judge, open_rule
 from tether.methods.sample import given_prompts, open_sampler
+from tether.rewards.judges.ask import sentence
+from tether.rewards.meter import counted
 from tether.runs.log import plain
 
 
@@ -74,6 +76,8 @@ def run(
         print(f"  the curve leaves out {short} prompts with fewer scored completions than the others")
     binary = all(c.score in (0.0, 1.0) for pool in scored for c in pool)
     print(RELATIVE if relative else "\n".join(table(points, binary=binary)))
+    if counts := counted([generator.reward]):
+        print(f"judge: {sentence(counts)}")
     if path is not None:
         print(f"written: {path}")
 

@@ -26,6 +26,7 @@ from tether.methods.judges import open_pair_judge, open_reward
 from tether.models.load import fingerprint
 from tether.models.roles import Policy
 from tether.rewards.beside import sample_beside
+from tether.rewards.meter import counted
 from tether.runs.log import plain, read_lines
 from tether.runs.storage import write_text
 
@@ -45,6 +46,9 @@ class WinShare:
     (Borda's count). NaN where the judge gave no verdict on any of its pairs."""
 
     judge: PairJudge
+
+    def counts(self) -> dict[str, float]:
+        return self.judge.counts()
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
         of: dict[int, list[int]] = {}
@@ -207,11 +211,12 @@ def _read_pool(prompt: Prompt, row: Mapping[str, Any]) -> list[Candidate]:
 
 def given(
     prompts: Sequence[Prompt], config: GivenConfig, reward: Mapping[str, Any] | str | None, file: str, say: parts.Say
-) -> list[list[Candidate]]:
-    """Candidates that stand in the rows, scored by ``reward``, or with the scores that stand beside them."""
+) -> tuple[list[list[Candidate]], dict[str, float]]:
+    """Candidates that stand in the rows, scored by ``reward``, or with the scores that stand beside them; and what a
+    judge among the reward was asked."""
     pools = [_given(prompt, config, file, scored=reward is None) for prompt in prompts]
     if reward is None:
-        return pools
+        return pools, {}
     if any(name == ENDING for _, name in named(reward)):
         _check_endings(prompts, config)
     made, facts = open_scorer(reward, TextOnly(), ModelConfig(), say)
@@ -226,7 +231,8 @@ def given(
     ]  # fmt: skip
     scores = made(rollouts)
     totals = iter(scores.total.tolist())
-    return [[replace(c, score=next(totals), origin={**c.origin, **facts}) for c in pool] for pool in pools]
+    scored = [[replace(c, score=next(totals), origin={**c.origin, **facts}) for c in pool] for pool in pools]
+    return scored, counted([made])
 
 
 def _check_endings(prompts: Sequence[Prompt], config: GivenConfig) -> None:

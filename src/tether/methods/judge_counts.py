@@ -11,9 +11,9 @@ from tether.runs.log import MetricsLog, read_lines
 
 def record(folder: RunFolder, counts: Mapping[str, float]) -> dict[str, float]:
     """Adds ``counts`` as the next step; returns the sums over every time the command ran in this folder."""
-    metrics = MetricsLog(folder.metrics)
     before = [row["values"] for row in read_lines(folder.metrics).rows]
     if counts:
+        metrics = MetricsLog(folder.metrics)
         metrics.append(len(before) + 1, "train", counts)
-    metrics.close()
+        metrics.close()
     return added([*before, counts])
