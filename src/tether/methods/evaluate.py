@@ -18,9 +18,11 @@ from tether.evals.statistics import mean_interval
 from tether.evals.winrate import WinRate, compare, position_sentence
 from tether.methods import parts
 from tether.methods.judge_checks import check_no_memory
-from tether.methods.judge_models import Judge, PairJudge
+from tether.methods.judge_models import PairJudge
 from tether.methods.judges import given_judge, open_pair_judge, open_reward, open_rule
-from tether.methods.sample import given_prompts, open_sampler
+from tether.methods.sample import check_system, given_prompts, open_sampler
+from tether.rewards.judges.ask import sentence
+from tether.rewards.meter import counted
 from tether.runs.log import plain
 
 TOKENS_PER_MICRO_BATCH = 8192
@@ -50,11 +52,13 @@ def run(
         if baseline is None:
             raise UserError("a pair_judge compares two answers: give --baseline MODEL, or use type: judge for scores")
         asked = given_prompts(prompts, [], n_prompts)
+        check_system(system, asked, "--system")
         sides = [_answers(name, asked, settings, seed, system, say, None)[0] for name in (model, baseline)]
         return _compared(model, baseline, sides, pair_judge, seed, path)
     open_rule(spec, "judge")
     check_no_memory(spec, "evaluate", "judge")
     asked = given_prompts(prompts, [], n_prompts)
+    check_system(system, asked, "--system")
     ours, reward = _answers(model, asked, settings, seed, system, say, spec)
     assert reward is not None
     scores = reward(ours).total
@@ -77,8 +81,8 @@ def run(
         theirs, _ = _answers(baseline, asked, settings, seed, system, say, None)
         result = compare(ours, theirs, reward, seed=seed)
         _print_rate(model, baseline, result)
-    if isinstance(reward, Judge):
-        print(f"  judge: {reward.tally.sentence()}")
+    if counts := counted([reward]):
+        print(f"  judge: {sentence(counts)}")
     if path is not None:
         _write(path, ours, scores, theirs, reward, result)
 

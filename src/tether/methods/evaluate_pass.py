@@ -20,7 +20,7 @@ from tether.methods import parts
 from tether.methods.judge_checks import check_no_memory
 from tether.methods.judge_models import Judge
 from tether.methods.judges import given_judge, open_rule
-from tether.methods.sample import given_prompts, open_sampler
+from tether.methods.sample import check_system, given_prompts, open_sampler
 from tether.runs.log import plain
 
 
@@ -56,6 +56,7 @@ def run(
     verifier = open_verifier(spec, "judge")
     check_no_memory(spec, "evaluate", "judge")
     asked = given_prompts(prompts, [], n_prompts)
+    check_system(system, asked, "--system")
     names = [model] if baseline is None else [model, baseline]
     found = [_answered(name, asked, verifier, samples, ks, settings, seed, system) for name in names]
     print(

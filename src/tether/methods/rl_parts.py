@@ -28,8 +28,10 @@ from tether.losses import POLICY, PolicyGradient
 from tether.losses.average import TokenLoss
 from tether.methods import parts
 from tether.methods.evaluate_pass import check_counts, open_verifier
+from tether.methods.judge_checks import check_no_memory
 from tether.methods.judges import ENSEMBLE, open_reward, open_rule
 from tether.methods.reference import check_reference
+from tether.methods.sample import check_system
 from tether.models.roles import Policy, Scorer
 from tether.training.guards import Guards, HeldOut, Verify
 
@@ -73,9 +75,12 @@ def choose_guards(config: RLConfig) -> Guards | None:
     judge = guards.judge if guards is not None else None
     if judge is not None:
         open_rule(judge, "guards.judge")
+        check_no_memory(judge, "a held-out judge", "guards.judge")
     if config.verify is not None:
         check_counts(config.verify.pass_at, config.verify.samples, "verify.pass_at", "verify.samples")
-        open_verifier(config.reward if config.verify.reward is None else config.verify.reward, "verify.reward")
+        verifier = config.reward if config.verify.reward is None else config.verify.reward
+        open_verifier(verifier, "verify.reward")
+        check_no_memory(verifier, "pass@k", "verify.reward")
     readers = {"guards.judge": judge is not None, "verify": config.verify is not None}
     for name in [name for name, given in readers.items() if given and config.data.eval is None]:
         raise UserError(f"{name} needs prompts that are not trained on: give data.eval=FILE")
@@ -289,6 +294,7 @@ def open_prompts(config: RLConfig | IterateConfig, chat: ChatTokenizer, say: par
     )
     if note is not None:
         say(f"  {note}")
+    check_system(config.data.system, kept, "data.system")
     return list(kept), rows.fingerprint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from tether.backends.local.sampler import LocalSampler
 from tether.config.schema import ModelConfig
@@ -32,6 +33,15 @@ def given_prompts(path: str | None, texts: list[str], n_prompts: int | None = No
     if not prompts:
         raise UserError("nothing to answer: write the prompt behind the command, or give --prompts FILE")
     return prompts
+
+
+def check_system(system: str | None, prompts: Sequence[Prompt], what: str) -> None:
+    """Raises UserError where no prompt is a conversation that a system message could be put before."""
+    if system is not None and all(p.text is not None for p in prompts):
+        raise UserError(
+            f"{what} would be ignored: the prompts are plain text, and a system message stands before a conversation\n"
+            '  write the rows as {"question": ...} or {"prompt": [{"role": "user", "content": ...}]}, or take it out'
+        )
 
 
 def run(
