@@ -19,6 +19,7 @@ from tether.data.readers import read
 from tether.evals.statistics import wilson
 from tether.evals.winrate import Verdicts, both_orders, position_sentence
 from tether.methods import parts
+from tether.methods.judge_checks import check_no_memory
 from tether.methods.judge_models import PairJudge
 from tether.methods.judges import given_judge, open_pair_judge, open_rule
 from tether.methods.sample import open_sampler
@@ -83,9 +84,11 @@ def constraint(
     if not text.strip():
         raise UserError("--constraint is empty; say what the answer must keep to")
     file = parts.new_file(out)
-    rule = None if check is None else open_rule(given_judge(check))
+    rule = None if check is None else open_rule(given_judge(check), "--check")
     if check is not None and rule is None:
         raise UserError(f"--check {check} names no rule; give one of the rules, or file.py:function")
+    if check is not None:
+        check_no_memory(given_judge(check), "tether judge", "--check")
     asked = [_as_chat(p) for p in read(path, "prompts", limit=n_prompts).records]
     told = [_with(p, text) for p in asked]
     drawn = open_sampler(model, None, settings, parts.speaker(False)).sample(

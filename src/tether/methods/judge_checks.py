@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tether.config.build import find
 from tether.core.errors import UserError
+from tether.rewards.function import remembers
 from tether.rewards.penalties import PENALTIES
 
 # Reads how a completion ended, which a row may say; the other penalties read its tokens.
@@ -13,13 +15,20 @@ ENDING = "missing_eos_penalty"
 
 
 def check_no_memory(spec: Mapping[str, Any] | str, method: str, what: str = "reward") -> None:
-    """Raises UserError where a part is normalised: its mean and std are those of training steps, and elsewhere the
-    first batch alone would set them, so that scores would hang on how the work is cut into batches."""
+    """Raises UserError where a part is normalised, or a class of the user's own remembers: both move with training
+    steps. Elsewhere the first batch alone would set mean and std, so that scores would hang on how the work is cut into
+    batches, and the class would score with an empty memory."""
     for path, entry in _entries(spec, what):
         if isinstance(entry, Mapping) and entry.get("normalise"):
             raise UserError(
                 f"{path}.normalise: {method} has no training steps to take mean and std from; take it out, and bring "
                 "the parts to one scale with weight"
+            )
+    for path, name in named(spec, what):
+        if isinstance(name, str) and ":" in name and remembers(find({}, name, path)):
+            raise UserError(
+                f"{path}: {name} has a memory (advance), and {method} has no training steps that move it, so it would "
+                "score as in the first one\n  name a class or function without a memory"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tether.core.errors import RewardFailure
+from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Reward, Scores
 from tether.core.text import Rollout
 from tether.rewards.beside import Beginning, Beside
@@ -32,6 +32,20 @@ class Remembering(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def bring_back(reward: Reward, state: Mapping[str, Any] | None, what: str) -> None:
+    """Give ``reward`` what it remembered at a checkpoint. Raises UserError where one of them knows of no memory: the
+    config is the same, so the code of the reward has changed since."""
+    if isinstance(reward, Remembering) and state is not None:
+        reward.restore(state)
+    elif isinstance(reward, Remembering) or state is not None:
+        now, then = ("a", "none") if state is None else ("no", "one")
+        raise UserError(
+            f"the reward has changed since the checkpoint: {what} ({getattr(reward, 'name', type(reward).__name__)}) "
+            f"has {now} memory, and had {then} then\n  put its code back as it was, or begin a run of its own from the "
+            "checkpoint's model"
+        )
 
 
 @dataclass(frozen=True)
@@ -244,8 +258,8 @@ class Sum:
     def restore(self, state: Mapping[str, Any]) -> None:
         for name, (known, first) in state["moments"].items():
             self.parts[name].known, self.parts[name].first = Moments(*known), Moments(*first)
-        for name, inner in self._inner().items():
-            inner.restore(state["inner"][name])
+        for name, entry in {**self.gates, **self.parts}.items():
+            bring_back(entry.reward, state["inner"].get(name), f"its part {name}")
 
     def _inner(self) -> dict[str, Remembering]:
         """Gates and parts that have a memory themselves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 import os
 import random
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
-from tether.core.errors import RewardFailure, TetherError
+from tether.core.errors import RewardFailure, TetherError, UserError
 from tether.core.protocols import Reward, Scores
 from tether.core.text import Rollout
 from tether.rewards.asking import Reply, ask
 from tether.rewards.worker import Workers
 
+# What a reward with a memory has (compose.Remembering).
+MEMORY = ("advance", "state", "restore")
 # Threads that a function may leave behind before it is stopped.
 _MOST_THREADS = 200
 
@@ -194,15 +197,22 @@ class OwnReward:
 
     def __post_init__(self) -> None:
         # Only where the class has all three: a reward without them must not look as if it remembered.
-        methods = ("advance", "state", "restore")
-        if all(callable(getattr(self.reward, method, None)) for method in methods):
-            for method in methods:
+        if remembers(self.reward):
+            for method in MEMORY:
                 object.__setattr__(self, method, partial(self._remember, method))
+        elif callable(getattr(self.reward, "advance", None)):
+            raise UserError(
+                f"the reward {self.name} has advance, which would be ignored: a memory needs advance, state and "
+                "restore, so that a checkpoint can hold it; give all three, or another name"
+            )
 
     def _remember(self, method: str, *arguments: Any) -> Any:
         try:
             with run_untouched():
-                return copy.deepcopy(getattr(self.reward, method)(*copy.deepcopy(arguments)))
+                made = copy.deepcopy(getattr(self.reward, method)(*copy.deepcopy(arguments)))
+                if method == "state":
+                    json.dumps(made, allow_nan=False)  # or the checkpoint that it goes into could not be written
+                return made
         except (KeyboardInterrupt, TetherError):
             raise
         except BaseException as error:
@@ -220,6 +230,11 @@ class OwnReward:
                 f"the reward {self.name} raised {type(error).__name__}: {error}\n  {among(rollouts)}"
             ) from error
         return checked(scores, rollouts, self.name)
+
+
+def remembers(reward: object) -> bool:
+    """Whether a reward, or a class of rewards, has a memory."""
+    return all(callable(getattr(reward, method, None)) for method in MEMORY)
 
 
 def checked(scores: Any, rollouts: Sequence[Rollout], name: str) -> Scores:

@@ -23,7 +23,7 @@ from tether.core.metrics import Max, Mean, Metrics, masked_mean, merge, values
 from tether.core.protocols import Reward, Sampler, SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.losses.supervised import CrossEntropy
-from tether.rewards.compose import Remembering
+from tether.rewards.compose import Remembering, bring_back
 from tether.rewards.meter import Meter
 from tether.rewards.penalties import distinct
 from tether.runs.log import plain
@@ -150,8 +150,7 @@ class _Loop:
     def restore(self, state: dict[str, Any]) -> None:
         self.collect.taken = state["prompts_taken"]
         self.kl_coefficient, self.history = state["kl_coefficient"], state["history"]
-        if isinstance(self.job.reward, Remembering):
-            self.job.reward.restore(state["reward"])
+        bring_back(self.job.reward, state.get("reward"), "it")
         if self.guards is not None:
             self.guards.restore(state["guards"])
 
