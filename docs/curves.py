@@ -35,6 +35,7 @@ from tether.kl_control import KL_CONTROL
 from tether.losses import PREFERENCE, REWARD, SUPERVISED, UNPAIRED
 from tether.methods import parts, rl
 from tether.methods.preference import with_baseline, with_reference
+from tether.methods.reference import OfflineReference
 from tether.methods.reward import judgements, pairs, plan_for
 from tether.models.load import load_backbone
 from tether.models.roles import Policy, Scorer, new_head
@@ -234,7 +235,7 @@ def trained_policy(world: World, loss: Loss, kind: str, lay_out: Callable) -> tu
     policy, before = world.policy(), world.policy()
     quiet = parts.speaker(True)
     if "reference" in loss.needs:
-        reference = parts.logprobs_of(before, BUDGET)
+        reference = OfflineReference(frozen=before, store=None)
         lay_out = with_reference(lay_out, reference)
         if "kl_baseline" in loss.needs:
             lay_out = with_baseline(lay_out, parts.logprobs_of(policy, BUDGET), reference, quiet)

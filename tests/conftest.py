@@ -68,6 +68,19 @@ def build_model(seed: int = 0, vocab_size: int = 320):
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Of the user's cache, tests see the converted models, and they leave nothing there."""
+    from tether.models.embedded import cache_folder
+
+    models, own = cache_folder() / "models", tmp_path_factory.mktemp("cache")
+    if models.is_dir():
+        (own / "models").symlink_to(models.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TETHER_CACHE", str(own))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return build_tokenizer()

@@ -25,14 +25,14 @@ from tether.training.session import Session
 @dataclass(frozen=True, kw_only=True)
 class OfflineMethod:
     """What one offline method adds. ``role`` puts the trained role on the backbone; ``prepare`` lays groups out as a
-    batch (given the role as it is before training, for the reference)."""
+    batch (given the role as it is before training, and the data, for the reference)."""
 
     name: str
     title: str
     kind: Kind
     loss: Loss
     role: Callable[[Backbone], Policy | Scorer]
-    prepare: Callable[[Policy | Scorer], Callable[[Sequence[Group]], Batch]]
+    prepare: Callable[[Policy | Scorer, parts.Data], Callable[[Sequence[Group]], Batch]]
     last_turn_only: bool = False
     step_separator: str = "\n\n"
     # Every optimizer step sees all lengths of completions.
@@ -86,7 +86,7 @@ def run(
         backbone = parts.open_backbone(config.model, say)
         _keep_template(backbone, chat)
         role = method.role(backbone)
-        prepare = method.prepare(role)
+        prepare = method.prepare(role, data)
         learner = parts.open_learner(role, config.optim, len(batches))
         session = Session(
             folder=folder,

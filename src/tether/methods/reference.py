@@ -1,22 +1,103 @@
-"""The model that an online run is held to: the policy of the start for good, or one that follows it at a distance."""
+"""The model that a run is held to. Of data that exists: its log-probs of each group, computed once and kept on disk.
+Online: the policy of the start for good, or one that follows it at a distance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.config.schema import LoraConfig, ModelConfig, MovingReferenceConfig
-from tether.core.batches import Batch
+from tether.config.schema import LoraConfig, ModelConfig, MovingReferenceConfig, ReferenceConfig
+from tether.core.batches import Batch, Group
 from tether.core.errors import UserError
 from tether.methods import parts
+from tether.models.digest import exact_digest
+from tether.models.embedded import cache_folder
 from tether.models.load import clone_frozen, fingerprint
 from tether.models.roles import Policy
+from tether.runs.logprobs import KEY_BYTES, LogprobStore
 
 FILE = "reference.safetensors"
+
+# -- offline -----------------------------------------------------------------------------------------------------------
+
+
+def key_of(group: Group) -> bytes:
+    """Whose log-probs: a hash of the tokens of the prompt and of each completion, in their order."""
+    digest = hashlib.sha256()
+    for part in (group.prompt, *group.completions):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part.to(torch.int64).cpu().numpy().data)
+    return digest.digest()[:KEY_BYTES]
+
+
+@dataclass(kw_only=True, eq=False)
+class OfflineReference:
+    """Log-probs of groups under a frozen model, each group computed once: in this run, or in one before it that left
+    them in ``store``.
+
+    The last bits of a log-prob may hang on what else is in its packed row. So a group always has a row to itself:
+    its numbers are those of the model and its tokens alone, whichever run computed them, in whatever order, before a
+    resume or after it.
+    """
+
+    frozen: Policy | None
+    store: LogprobStore | None
+    known: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def __call__(self, groups: Sequence[Group]) -> list[Tensor]:
+        """[C_i] float32 of every completion, group after group."""
+        keyed = {key_of(group): group for group in groups}
+        self.recall(keyed)
+        new = {key: self._compute(group) for key, group in keyed.items() if key not in self.known}
+        self.known |= new
+        if self.store is not None:
+            self.store.add(new)
+        return [row for g in groups for row in self.known[key_of(g)].split([len(c) for c in g.completions])]
+
+    def recall(self, groups: Mapping[bytes, Group]) -> None:
+        """Take what the store has of ``groups`` into memory."""
+        if self.store is not None:
+            unknown = {key: group for key, group in groups.items() if key not in self.known}
+            self.known |= self.store.read({key: sum(map(len, g.completions)) for key, g in unknown.items()})
+
+    @torch.no_grad()
+    def _compute(self, group: Group) -> Tensor:
+        assert self.frozen is not None, "a group that the data did not have"
+        # With its own size as the budget a group is never cut, so optim.tokens_per_micro_batch changes no bit.
+        rows = parts.logprobs_of(self.frozen, group.token_count)(Batch.from_groups([group]))
+        return torch.cat([row[: len(c)] for row, c in zip(rows, group.completions, strict=True)])
+
+
+def open_offline_reference(
+    policy: Policy, config: ReferenceConfig, model: ModelConfig, data: Sequence[Group], say: parts.Say, *, only: bool
+) -> OfflineReference:
+    """The reference of an offline run; ``policy`` is as it is before the first step.
+
+    What the cache has of ``data`` is said. ``only``: nothing else will be asked for; where all of it is known, the
+    frozen model is given back.
+    """
+    frozen = parts.frozen_reference(policy, config.name, model, say)
+    if not config.cache:
+        return OfflineReference(frozen=frozen, store=None)
+    store = LogprobStore(root=cache_folder() / "references", model=exact_digest(frozen), say=say)
+    reference = OfflineReference(frozen=frozen, store=store)
+    keyed = [(key_of(group), group) for group in data]
+    reference.recall(dict(keyed))
+    total = sum(len(group.completions) for _, group in keyed)
+    found = sum(len(group.completions) for key, group in keyed if key in reference.known)
+    say(f"reference log-probs: {found} of {total} completions from the cache")
+    if only and found == total:
+        reference.frozen = None
+    return reference
+
+
+# -- online ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True, eq=False)

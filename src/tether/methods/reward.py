@@ -93,7 +93,7 @@ def run(
         kind=plan.kind,
         loss=loss if config.heads is None else MultiHead(loss=loss),
         role=role,
-        prepare=lambda role: plan.lay_out,
+        prepare=lambda role, data: plan.lay_out,
         step_separator=(config.steps or StepsConfig()).separator,
         by_length=config.stratify_lengths,
         check=lambda data: _check_data(loss, data),

@@ -19,7 +19,7 @@ def run(config: SFTConfig, *, resume: bool = False, dry_run: bool = False, quiet
         kind="demonstrations",
         loss=CrossEntropy(),
         role=lambda backbone: Policy(backbone=backbone, adapter=parts.adapt(backbone, config.model.lora, "policy")),
-        prepare=lambda role: Batch.from_groups,
+        prepare=lambda role, data: Batch.from_groups,
         last_turn_only=config.data.last_turn_only,
     )
     return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet)
