@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.arms.common import Conversation, serve
 from tether.algorithms import ALGORITHMS
 from tether.core.batches import (
     Batch,
@@ -22,10 +25,13 @@ from tether.core.batches import (
 from tether.core.protocols import Loss
 from tether.losses import PREFERENCE, REWARD, SUPERVISED, UNPAIRED, Outcome, Process, RankingLoss
 from tether.losses.supervised import CrossEntropy
+from tether.models.load import load_backbone
 from tether.models.roles import Policy
 
 PROMPTS, COMPLETIONS, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 2, 128, 64
-REPEATS = 30
+REPEATS, STEPS = 30, 3
+# Of its step; a loss that takes more is named.
+LIMIT = 0.02
 
 
 def losses() -> dict[str, Loss]:
@@ -96,26 +102,35 @@ def seconds(loss: Loss, batch: Batch) -> float:
     return statistics.median(times[3:])
 
 
-def bench_losses(policy: Policy, pairs: int) -> None:
-    """Prints the share of every loss; raises SystemExit where one is over 2 %."""
-    rows = groups(policy.backbone.config.vocab_size)
-    batch, plain = Batch.from_groups(rows), CrossEntropy()
+class Losses:
+    """Every loss beside the forward and backward pass of the same completions."""
 
-    def step() -> float:
-        for parameter in policy.parameters().values():
-            parameter.grad = None
-        start = time.perf_counter()
-        (plain(policy(batch), batch).loss.total / plain.count(batch)).backward()
-        return time.perf_counter() - start
+    def __init__(self, work: dict[str, Any]) -> None:
+        self.facts: dict[str, Any] = {}
+        self.policy = Policy(backbone=load_backbone(work["model"], device="cpu", say=lambda text: None))
+        for parameter in self.policy.parameters().values():
+            parameter.requires_grad_(True)
 
-    step()
-    whole = statistics.median(step() for _ in range(pairs))
-    print(
-        f"\nlosses: share of a step of {PROMPTS} prompts x {COMPLETIONS} completions, {PROMPT_TOKENS} + "
-        f"{COMPLETION_TOKENS} tokens ({whole:.2f} s)"
-    )
-    shares = {name: seconds(loss, batch_for(name, loss, rows)) / whole for name, loss in losses().items()}
-    for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-        print(f"  {name:15} {100 * share:6.3f} %")
-    if max(shares.values()) > 0.02:
-        raise SystemExit("a loss takes more than 2 % of its step")
+    def agree(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        rows = groups(self.policy.backbone.config.vocab_size)
+        batch, plain = Batch.from_groups(rows), CrossEntropy()
+
+        def step() -> float:
+            for parameter in self.policy.parameters().values():
+                parameter.grad = None
+            start = time.perf_counter()
+            (torch.as_tensor(plain(self.policy(batch), batch).loss.total) / plain.count(batch)).backward()
+            return time.perf_counter() - start
+
+        step()
+        whole = statistics.median(step() for _ in range(STEPS))
+        shares = {name: seconds(loss, batch_for(name, loss, rows)) / whole for name, loss in losses().items()}
+        what = f"a pass of {PROMPTS} prompts × {COMPLETIONS}, {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens"
+        return {"shares": shares, "seconds": whole, "step": what, "limit": LIMIT}
+
+    def steps(self, conversation: Conversation) -> None:
+        """There are none: everything was said."""
+
+
+if __name__ == "__main__":
+    serve(Losses)

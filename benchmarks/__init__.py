@@ -1,0 +1,1 @@
+"""Tether beside TRL and plain transformers, step for step: ``make bench``."""

@@ -1,0 +1,208 @@
+"""``make bench``: Tether beside TRL and plain transformers, as pairs of steps in alternating order.
+
+make bench                                     the whole table
+make bench ARGS="--only dpo,grpo --pairs 7"    some rows of it; a name's beginning is enough
+make bench ARGS="growth"                       how cost grows with lengths, groups, batch and model
+make bench ARGS="losses"                       what each loss costs beside its step
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import growth, machine, report
+from benchmarks.compare import Bench, compare
+from benchmarks.processes import ROOT, ArmFailed, Process
+from benchmarks.works import Work, works
+
+HERE = Path(__file__).parent
+RAW, PAGE = HERE / "results.json", HERE / "RESULTS.md"
+TRL_PYTHON = ROOT / ".bench" / "bin" / "python"
+
+
+class Refused(Exception):
+    """Why nothing is timed, and what to do."""
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=("table", "growth", "losses"), default="table")
+    parser.add_argument("--only", default="", metavar="NAMES", help="works (or curves of growth), commas between them")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each row (default 5)")
+    parser.add_argument(
+        "--default-pairs", type=int, default=1, help="pairs against TRL's default settings (default 1; 0: leave it out)"
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder, hub id, or llama:WIDTHxLAYERS")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every arm (default: all cores)")
+    parser.add_argument("--busy", action="store_true", help="time on a machine with other load, and say so")
+    parser.add_argument("--no-allocator", action="store_true", help="the system's allocator settings, on every side")
+    parser.add_argument("--trl-python", type=Path, default=TRL_PYTHON, help="an interpreter that has TRL 1.16")
+    parser.add_argument("--no-write", action="store_true", help="print only: RESULTS.md and results.json stay")
+    options = parser.parse_args(given)
+    if options.pairs < 1 or options.default_pairs < 0:
+        parser.error("--pairs is 1 or more, --default-pairs 0 or more")
+    return options
+
+
+def chosen(only: str, known: list[str]) -> list[str]:
+    """The names that ``only`` asks for, in the order of ``known``; each word of it is a name or how some begin."""
+    words = [word for word in only.split(",") if word]
+    exact = [w for w in words if w in known]
+    found = [name for name in known if not words or name in exact or any(name.startswith(f"{w}-") for w in words)]
+    for word in words:
+        if not any(name == word or name.startswith(f"{word}-") for name in known):
+            raise Refused(f"--only {word}: no such name; known: {', '.join(known)}")
+    return found
+
+
+def refuse_when_busy(allowed: bool, load: float) -> str:
+    """A note on the load of others, in cores, for the page. Raises Refused where it is too much."""
+    if load <= machine.BUSY:
+        return ""
+    said = f"other processes keep {load:.2f} cores busy, more than {machine.BUSY:.2f}"
+    if not allowed:
+        raise Refused(f"{said}: times would say nothing\n  wait until they are done, or time all the same with --busy")
+    return f"{said} (--busy)"
+
+
+def interpreter(arm: str, trl_python: Path) -> str:
+    """Who runs an arm."""
+    if arm != "trl_arm":
+        return sys.executable
+    if not trl_python.exists():
+        raise Refused(f"{trl_python}: no such interpreter; `make bench` makes it from requirements/bench.txt")
+    return str(trl_python)
+
+
+def starter(options: argparse.Namespace, folder: str) -> Callable[[str], Process]:
+    """An arm's name -> its process, all with the same settings."""
+    settings = machine.settings(options.threads, allocator=not options.no_allocator)
+    settings |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "TMPDIR": folder}
+
+    def start(arm: str) -> Process:
+        python = interpreter(arm, options.trl_python)
+        return Process(arm, [python, "-m", f"benchmarks.arms.{arm}"], settings)
+
+    return start
+
+
+def model_folder(name: str, folder: str) -> str:
+    """Where the model lies; a random one is made in ``folder``."""
+    place = str(Path(folder) / name.replace(":", "-").replace("/", "-"))
+    command = [sys.executable, "-m", "benchmarks.arms.model_folder", name, place]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise Refused(f"--model {name}: {(done.stderr.strip().splitlines() or ['it could not be opened'])[-1]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def run_table(bench: Bench, options: argparse.Namespace, raw: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Every chosen row; each is kept as soon as it is known."""
+    known = works()
+    for name in chosen(options.only, list(known)):
+        work = known[name]
+        raw["rows"][name] = {**run_work(bench, work, options), "about": about(options)}
+        keep()
+
+
+def run_work(bench: Bench, work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    row: dict[str, Any] = {"title": work.title, "target": work.target, "model": options.model}
+    rivals = [("best", work.rival, options.pairs)]
+    if work.default is not None and options.default_pairs:
+        rivals.append(("default", work.default, options.default_pairs))
+    for column, rival, pairs in rivals:
+        bench.say(f"{work.name}: {work.title}, against {rival.name}")
+        try:
+            row[column] = compare(bench, work, rival, pairs)
+        except ArmFailed as error:
+            bench.say(f"  failed: {error}")
+            row[column] = {"rival": rival.name, "void": f"failed: {error}"}
+    return row
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader must know to repeat a row."""
+    command = "make bench" + (f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "")
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "settings": machine.settings(options.threads, allocator=not options.no_allocator),
+        "versions": versions(options),
+        "busy": options.note,
+    }
+
+
+def versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Of what each side runs on."""
+    code = (
+        "import json,platform;from importlib.metadata import version as v;"
+        "print(json.dumps({n:v(n) for n in %r}|{'python':platform.python_version()}))"
+    )
+    found = {}
+    for side, arm, names in (
+        ("Tether and plain", "tether_arm", ["torch", "transformers"]),
+        ("TRL", "trl_arm", ["trl", "torch", "transformers"]),
+    ):
+        python = interpreter(arm, options.trl_python)
+        found[side] = json.loads(subprocess.check_output([python, "-c", code % names], text=True))
+    return found
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    raw: dict[str, Any] = {"rows": {}, "growth": {}, "losses": {}}
+    if RAW.exists() and not options.no_write:
+        raw |= json.loads(RAW.read_text(encoding="utf-8"))
+
+    def keep() -> None:
+        if not options.no_write:
+            RAW.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            PAGE.write_text(report.page(raw, list(works())), encoding="utf-8")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        options.note = refuse_when_busy(options.busy, machine.quiet())
+        if options.note:
+            say(f"note: {options.note}")
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(
+                start=starter(options, folder),
+                model=model_folder(options.model, folder),
+                threads=options.threads,
+                say=say,
+                memory=machine.memory_total(),
+            )
+            if options.command == "table":
+                run_table(bench, options, raw, keep)
+                say("\n" + "\n".join(report.table(raw["rows"], list(works()))))
+            elif options.command == "growth":
+                names = chosen(options.only, list(growth.CURVES))
+                growth.run(bench, names, raw["growth"], about(options), lambda n: model_folder(n, folder), keep)
+            else:
+                raw["losses"] = {**growth.losses(bench), "about": about(options)}
+                keep()
+    except Refused as reason:
+        print(reason, file=sys.stderr)
+        return 2
+    if not options.no_write:
+        say(f"written: {PAGE.relative_to(ROOT)}, {RAW.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The works: what is timed, on which rows, against whom. Rows are made here, from a seed, and sent to both arms."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "are", "as", "with", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "word", "but", "what", "some", "we", "can", "out", "other", "were", "all", "there", "when", "up", "use", "your", "how", "said", "each", "she", "which", "do", "their", "time", "if", "will", "way", "about", "many", "then", "them", "write", "would", "like", "so", "these", "her", "long", "make", "thing", "see", "him", "two", "has", "look", "more", "day", "could", "go", "come", "did", "number", "sound", "no", "most", "people", "my", "over", "know", "water", "than", "call", "first", "who", "may", "down", "side", "been", "now", "find", "any", "new", "work", "part", "take", "get", "place"]
+# Token ids that are drawn for rows of tokens: ordinary words of every vocabulary that is larger than this.
+FIRST_ID, LAST_ID = 300, 30_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Who does the same work. ``arm``: a module of ``benchmarks/arms``; ``options``: what it is told beside the work."""
+
+    name: str
+    arm: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # Rounding in bfloat16 is no disagreement.
+    rounded: bool = False
+
+
+BEST = Rival(name="TRL fp32", arm="trl_arm", options={"setting": "best"})
+DEFAULT = Rival(name="TRL default", arm="trl_arm", options={"setting": "default"}, rounded=True)
+PACKED = Rival(name="TRL fp32, packing", arm="trl_arm", options={"setting": "best", "packing": True})
+GENERATE = Rival(name="transformers generate", arm="plain_arm")
+LOOP = Rival(name="plain transformers", arm="plain_arm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """``spec``: what both arms are told. ``trained`` passes forward and backward, ``scored`` passes forward over the
+    work's useful tokens, for the count of operations; ``target``: the ratio that the project set itself."""
+
+    name: str
+    title: str
+    kind: str
+    rival: Rival
+    spec: dict[str, Any]
+    default: Rival | None = None
+    trained: int = 1
+    scored: int = 0
+    target: float | None = None
+    warm_up: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Useful tokens of a step: every prompt once, and every completion. ``decoded``: those that are drawn, in
+    ``steps`` passes of all rows."""
+
+    prompt: int
+    completion: int
+    decoded: int = 0
+    steps: int = 0
+
+    @property
+    def useful(self) -> int:
+        return self.prompt + self.completion
+
+
+def token_counts(work: Work, prompt_tokens: Sequence[int]) -> Tokens:
+    """``prompt_tokens``: of each prompt that is text, as the arm has counted them."""
+    spec = work.spec
+    if "rows" in spec:
+        completions = sum(len(c) for row in spec["rows"] for c in row["completions"])
+        return Tokens(prompt=sum(len(row["prompt"]) for row in spec["rows"]), completion=completions)
+    drawn = len(spec["prompts"]) * spec["group"] * spec["new_tokens"]
+    return Tokens(prompt=sum(prompt_tokens), completion=drawn, decoded=drawn, steps=spec["new_tokens"])
+
+
+def operations(work: Work, tokens: Tokens, *, trunk: int, head: int) -> float:
+    """Floating-point operations that the useful tokens need: 2 a parameter and token forward, 4 more backward; the head
+    on completion tokens alone. Attention's own products, a few per cent here, are not counted."""
+    heads = 0 if work.kind == "reward" else tokens.completion * head
+    one_pass = 2.0 * (tokens.useful * trunk + heads)
+    # Drawing is a forward pass as well; PPO trains and scores with two networks of one size.
+    passes = 3 * work.trained + work.scored + (1 if tokens.decoded else 0)
+    return one_pass * passes
+
+
+def ids(generator: random.Random, count: int) -> list[int]:
+    return [generator.randrange(FIRST_ID, LAST_ID) for _ in range(count)]
+
+
+def text(generator: random.Random, words: int) -> str:
+    """A prompt of about as many tokens as words."""
+    return " ".join(generator.choice(WORDS) for _ in range(words))
+
+
+def pairs(count: int, prompt: int, shortest: int, longest: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Preference pairs: prompts of about ``prompt`` tokens, completions of ``shortest`` to ``longest``."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        size = prompt + generator.randint(-prompt // 20, prompt // 20)
+        completions = [ids(generator, generator.randint(shortest, longest)) for _ in range(2)]
+        rows.append({"prompt": ids(generator, size), "completions": completions})
+    return rows
+
+
+def demonstrations(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Whole texts: every token but the first is trained."""
+    generator = random.Random(seed)
+    return [{"prompt": ids(generator, 1), "completions": [ids(generator, n - 1)]} for n in lengths]
+
+
+def preference(
+    name: str, title: str, rows: list[dict[str, Any]], *, cached: bool = False, target: float | None = None
+) -> Work:
+    return Work(
+        name=name,
+        title=title,
+        kind="dpo",
+        rival=BEST,
+        default=DEFAULT,
+        spec={"rows": rows, "cached": cached},
+        scored=0 if cached else 1,
+        target=target,
+    )
+
+
+def grpo(name: str, prompts: int, group: int, prompt: int, new_tokens: int, target: float | None = None) -> Work:
+    generator = random.Random(1)
+    completions = [[ids(generator, new_tokens) for _ in range(group)] for _ in range(prompts)]
+    return Work(
+        name=name,
+        title=f"GRPO, {prompts} prompts × {group}, prompt ≈ {prompt}, {new_tokens} new tokens",
+        kind="grpo",
+        rival=BEST,
+        default=DEFAULT,
+        spec={
+            "prompts": [text(generator, prompt) for _ in range(prompts)],
+            "group": group,
+            "new_tokens": new_tokens,
+            # For the agreement: completions that both are given, and advantages that do not add up to nothing.
+            "completions": completions,
+            "advantages": [(i % 5) - 1.5 for i in range(prompts * group)],
+        },
+        target=target,
+        warm_up=False,
+    )
+
+
+def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: int, target: float | None) -> Work:
+    generator = random.Random(2)
+    return Work(
+        name=name,
+        title=f"PPO, {len(lengths)} prompts of {min(lengths)}–{max(lengths)} tokens × {group}, {new_tokens} new tokens, "
+        f"{epochs} epochs, four networks",
+        kind="ppo",
+        rival=LOOP,
+        spec={
+            "prompts": [text(generator, n) for n in lengths],
+            "group": group,
+            "new_tokens": new_tokens,
+            "epochs": epochs,
+            "completions": [[ids(generator, new_tokens) for _ in range(group)] for _ in lengths],
+        },
+        trained=2 * epochs,
+        # Reward model, reference, and policy and critic before the update.
+        scored=4,
+        target=target,
+        warm_up=False,
+    )
+
+
+def sampling(name: str, prompts: int, group: int, prompt: int, new_tokens: int, target: float | None = None) -> Work:
+    generator = random.Random(3)
+    return Work(
+        name=name,
+        title=f"sampling, {prompts * group} rows ({prompts} prompts × {group}) × {new_tokens} tokens",
+        kind="sampling",
+        rival=GENERATE,
+        spec={
+            "prompts": [text(generator, prompt) for _ in range(prompts)],
+            "group": group,
+            "new_tokens": new_tokens,
+            "checked_tokens": min(16, new_tokens),
+        },
+        trained=0,
+        target=target,
+    )
+
+
+SFT_LENGTHS = (20, 61, 95, 140, 210, 280, 365, 450)
+
+
+def works() -> dict[str, Work]:
+    """The table, in its order."""
+    rows = pairs(4, 230, 56, 120)
+    texts = demonstrations(SFT_LENGTHS)
+    sft = {"kind": "sft", "spec": {"rows": texts}}
+    found = (
+        Work(name="sft", title="SFT, 8 rows of 20–450 tokens", rival=BEST, default=DEFAULT, target=2.0, **sft),
+        Work(name="sft-packing", title="SFT, the same rows, TRL packing", rival=PACKED, target=1.3, **sft),
+        Work(
+            name="reward",
+            title="reward model, 4 pairs",
+            kind="reward",
+            rival=BEST,
+            default=DEFAULT,
+            spec={"rows": rows},
+            target=1.7,
+        ),
+        preference("dpo", "DPO, 4 pairs, reference in the step", rows, target=2.0),
+        preference("dpo-2", "DPO, 2 pairs, reference in the step", rows[:2], target=2.0),
+        preference("dpo-cached", "DPO, 4 pairs, reference cached on both sides", rows, cached=True, target=2.0),
+        preference("dpo-long", "DPO, 4 pairs, completions dominate (prompt ≈ 30, 200–260)", pairs(4, 30, 200, 260)),
+        grpo("grpo-64", 2, 8, 240, 64, target=2.2),
+        grpo("grpo-128", 2, 8, 240, 128, target=2.2),
+        ppo("ppo", (60, 85, 110, 140, 165, 190, 215, 240), 1, 64, 2, target=2.0),
+        sampling("sampling-16x64", 2, 8, 60, 64, target=3.0),
+        sampling("sampling-64x32", 8, 8, 60, 32, target=4.0),
+    )
+    return {work.name: work for work in found}
