@@ -21,7 +21,7 @@ from tether.rewards.verifiers.ifeval import IFEval
 from tether.rewards.verifiers.ifeval_kinds import KINDS
 from tether.rewards.verifiers.mathematics import Mathematics
 from tether.rewards.verifiers.program import CodeTests
-from verifier_cases import rollout
+from verifier_cases import rollout, with_sandlock
 
 pytestmark = pytest.mark.data
 DATA = Path(os.environ["TETHER_DATA"])
@@ -73,6 +73,7 @@ def test_every_instruction_of_ifeval_is_known_and_its_options_fit():
 HUMAN_EVAL = dict(column="test", entry_column="entry_point", prepend_prompt=True, seconds=20.0)
 
 
+@with_sandlock
 @pytest.mark.parametrize(("sandbox", "passing"), [("monty", 162), ("sandlock", 164), ("monty_then_sandlock", 164)])
 def test_human_evals_own_solutions_pass(sandbox: SandboxName, passing: int):
     """Monty's subset runs 162 of 164 (98.8 %): two import ``string``, which it does not have, and are unscored."""

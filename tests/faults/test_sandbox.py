@@ -16,7 +16,7 @@ from tether.core.errors import RewardFailure, UserError
 from tether.rewards import sandbox_cpython
 from tether.rewards.sandbox import Check, Limits, Outcome, open_sandbox
 from tether.rewards.verifiers.program import CodeTests
-from verifier_cases import rollout
+from verifier_cases import kernel_confines, rollout, with_sandlock
 
 LIMITS = Limits(seconds=0.5, megabytes=96)
 DONE = [Check(code="assert done")]
@@ -40,6 +40,7 @@ def children() -> set[str]:
     return {pid for pid, state, name in rows if not state.startswith("Z") and not name.startswith(("ps", "monty"))}
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 @pytest.mark.parametrize(
     "code",
@@ -57,6 +58,7 @@ def test_files_are_not_read(sandbox, code):
     attack(sandbox, code)
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 def test_no_file_is_written(sandbox, tmp_path):
     before = set(Path("/tmp").iterdir())
@@ -68,6 +70,7 @@ def test_no_file_is_written(sandbox, tmp_path):
     assert not [p for p in set(Path("/tmp").iterdir()) - before if p.name in ("escaped", "out")]
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 def test_no_socket_connects_or_listens(sandbox):
     with socket.socket() as server:
@@ -86,6 +89,7 @@ def test_no_socket_connects_or_listens(sandbox):
             server.accept()
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 @pytest.mark.parametrize(
     "code",
@@ -104,6 +108,7 @@ def test_no_second_process_starts(sandbox, code):
     assert children() <= before
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 @pytest.mark.parametrize(
     "code",
@@ -126,6 +131,7 @@ def test_endless_loops_end_and_leave_nothing_behind(sandbox, code):
     assert children() <= before
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 @pytest.mark.parametrize(
     "code",
@@ -141,6 +147,7 @@ def test_memory_is_bounded(sandbox, code):
     assert attack(sandbox, code).stop in ("memory", "error", "time")
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", [*CONFINED, "unsafe_subprocess"])
 def test_megabytes_of_output_are_dropped(sandbox, capfd):
     code = "for i in range(200):\n    print('x' * 100_000)\n"
@@ -149,11 +156,13 @@ def test_megabytes_of_output_are_dropped(sandbox, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@with_sandlock
 def test_megabytes_of_results_end_the_program():
     check = Check(code="'x' * 10_000_000", judged=True, equals="x")
     assert open_sandbox("sandlock")("", [check], Limits()).passed == (False,)
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", [*CONFINED, "unsafe_subprocess"])
 @pytest.mark.parametrize(
     "code",
@@ -172,6 +181,7 @@ tell, leave = frame.f_locals['tell'], frame.f_locals['leave']
 """
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", ["sandlock", "unsafe_subprocess"])
 def test_a_program_that_reports_for_its_tests_fakes_no_value_that_is_compared_outside(sandbox):
     """It can fake an assert, as the documentation says: that is why there is ``equals``."""
@@ -224,12 +234,14 @@ def test_a_program_has_one_guess_per_value():
         assert outcome.passed == (False,) and outcome.detail == "the program wrote a report of its own"
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", [*CONFINED, "unsafe_subprocess"])
 def test_no_secret_of_the_environment_is_seen(sandbox, monkeypatch):
     monkeypatch.setenv("TETHER_TEST_SECRET", "hunter2")
     attack(sandbox, "import os\ndone = os.environ['TETHER_TEST_SECRET'] == 'hunter2'")
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", CONFINED)
 @pytest.mark.parametrize(
     "code", ["\0", "\ud800", "(" * 100_000, "x = " + "-" * 100_000 + "1", "if 1:\n" * 500, "#" * 10**6]
@@ -246,6 +258,7 @@ def test_one_programs_state_is_not_the_nexts():
     assert run("done = True", DONE, LIMITS).passed == (True,)
 
 
+@with_sandlock
 def test_endless_loops_do_not_add_up_where_programs_run_at_once():
     loops = [rollout("while True: pass", name=str(i), tests="assert True") for i in range(4)]
     started = time.perf_counter()
@@ -271,6 +284,7 @@ def test_the_bare_process_has_an_empty_folder_a_group_of_its_own_and_limits():
 def test_a_kernel_without_landlock_is_named(monkeypatch):
     import sandlock
 
+    assert (sandlock.landlock_abi_version() >= sandlock.min_landlock_abi()) is kernel_confines()
     monkeypatch.setattr(sandlock, "landlock_abi_version", lambda: -1)
     for name in ("sandlock", "monty_then_sandlock"):
         with pytest.raises(UserError, match=r"this kernel .* has none: choose the sandbox monty"):
@@ -283,6 +297,7 @@ def test_a_missing_package_is_named(monkeypatch):
         CodeTests(sandbox="sandlock")
 
 
+@with_sandlock
 def test_a_sandbox_that_does_not_start_is_a_failure_that_names_the_sample(monkeypatch):
     broken = [*sandbox_cpython._command()[:-1], "raise OSError('no luck')"]
     monkeypatch.setattr(sandbox_cpython, "_command", lambda: broken)
@@ -291,6 +306,7 @@ def test_a_sandbox_that_does_not_start_is_a_failure_that_names_the_sample(monkey
             CodeTests(sandbox=name)([rollout("pass", name="q", tests="assert True")])
 
 
+@with_sandlock
 def test_a_confinement_that_fails_is_a_failure_and_runs_nothing(monkeypatch, tmp_path):
     from sandlock import Sandbox
 
@@ -302,13 +318,16 @@ def test_a_confinement_that_fails_is_a_failure_and_runs_nothing(monkeypatch, tmp
         CodeTests(sandbox="sandlock")([rollout("pass", name="q", tests="assert True")])
 
 
-def test_sandboxes_work_from_threads():
+@with_sandlock
+@pytest.mark.parametrize("sandbox", CONFINED)
+def test_sandboxes_work_from_threads(sandbox):
+    run, other = open_sandbox(sandbox), open_sandbox("monty")
     found: list[bool] = []
 
-    def work(name: str):
-        found.extend(open_sandbox(name)("done = True", DONE, LIMITS).passed)  # type: ignore[arg-type]
+    def work(run):
+        found.extend(run("done = True", DONE, LIMITS).passed)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in ["monty", "sandlock"] * 3]
+    threads = [threading.Thread(target=work, args=(one,)) for one in [run, other] * 3]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -10,7 +10,7 @@ import pytest
 from tether.core.errors import RewardFailure, UserError
 from tether.rewards.sandbox import Check, Limits, open_sandbox, same, shield
 from tether.rewards.verifiers.program import CodeTests
-from verifier_cases import rollout, scores
+from verifier_cases import rollout, scores, with_sandlock
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", {"call": "add(2, 2)", "equals": 4}]
@@ -48,6 +48,7 @@ def test_human_eval_continues_the_prompt_and_hands_the_function_to_check():
     assert scores(rule, ["    return 2 * x\n", "    return x\n", whole], question=prompt, **asked) == [1, 0, 1]
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", ["monty", "sandlock"])
 @pytest.mark.parametrize(
     "cheat",
@@ -84,6 +85,11 @@ def test_what_monty_does_not_know_is_undecided_and_never_zero():
         CodeTests()([rollout(code, name="q", tests=TESTS)])
     found = CodeTests(undecided="unscored")([rollout(code, tests=TESTS), rollout(ADD, tests=TESTS)])
     assert math.isnan(found.total[0]) and found.total[1] == 1 and math.isnan(found.parts["tests_passed"][0])
+
+
+@with_sandlock
+def test_what_monty_does_not_know_sandlock_judges():
+    code = "import heapq\ndef add(a, b):\n    return a + b\n"
     assert scores(CodeTests(sandbox="monty_then_sandlock"), [code, ADD, "x ="], tests=TESTS) == [1, 1, 0]
 
 
@@ -117,6 +123,7 @@ def test_what_monty_lacks_is_told_from_what_is_wrong(code, stop):
     assert (outcome.stop, outcome.passed) == (stop, (False,))
 
 
+@with_sandlock
 @pytest.mark.parametrize("sandbox", ["monty", "sandlock", "unsafe_subprocess"])
 def test_every_sandbox_judges_alike(sandbox):
     checks = [
