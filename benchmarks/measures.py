@@ -53,7 +53,8 @@ class Agreement:
 def agreement(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, rounded: bool) -> Agreement:
     """``ours``, ``theirs``: answers of the arms to "agree"."""
     if "logprobs" in ours:
-        gaps = [abs(a - b) for x, y in zip(ours["logprobs"], theirs["logprobs"], strict=True) for a, b in zip(x, y)]
+        rows = zip(ours["logprobs"], theirs["logprobs"], strict=True)
+        gaps = [abs(a - b) for x, y in rows for a, b in zip(x, y, strict=True)]
         numbers, worst_name = {"logprobs": max(gaps)}, ""
     else:
         numbers, worst_name = _of_gradients(ours["gradient"], theirs["gradient"])

@@ -23,7 +23,7 @@ class Process:
 
     def __init__(self, name: str, command: list[str], settings: Mapping[str, str]) -> None:
         self.name = name
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,

@@ -9,18 +9,23 @@ from typing import Any
 from benchmarks.machine import BUSY
 from benchmarks.measures import Ratio, in_words, paired_ratio
 
-HEADER = "| work | against | Tether | rival | ratio (spread) | wanted | default settings | tokens/s | of the ceiling | peak memory |"
-RULE = "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+COLUMNS = (
+    "work", "against", "Tether", "rival", "ratio (spread)", "wanted", "default settings", "tokens/s", "of the ceiling",
+    "peak memory",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |"
+RULE = "|---|---|" + "---:|" * 8
 
-READING = f"""How to read it. A ratio is rival / Tether within one pair of steps, one process each, taken in alternating order;
-given are the median over the pairs and (smallest–largest). Seconds are medians, and mean nothing across rows or machines.
-A row whose sides do not agree on loss and gradient (of sampling: on the log-probs of the same tokens) is **void** and not
-timed. *Useful tokens* are every prompt once and every completion, the same number for both sides. *Of the ceiling*:
-operations that the useful tokens need, against a float32 matrix product measured between the pairs; for sampling, the
-floor of a decode step (its weights read once for every token in turn, at the memory bandwidth measured between the pairs)
-against the time it took. *Peak memory* is each process's high-water mark over the timed steps. A row is marked † where
-other processes took more than {BUSY:.0%} of a core during its pairs, and ‡ where the two sides together nearly filled the
-memory, so that both gave free memory back between their steps."""
+READING = f"""How to read it. A ratio is rival / Tether within one pair of steps, one process each, taken in
+alternating order; given are the median over the pairs and (smallest–largest). Seconds are medians, and mean nothing
+across rows or machines. A row whose sides do not agree on loss and gradient (of sampling: on the log-probs of the
+same tokens) is **void** and not timed. *Default settings*: the ratio against TRL as it comes (bfloat16, activation
+checkpointing). *Tokens/s*: Tether / rival, useful tokens: every prompt once and every completion, the same number for
+both; of sampling, drawn tokens. *Of the ceiling*: operations that the useful tokens need, against a float32 matrix
+product measured between the pairs; of sampling, the floor of its steps (all weights read once, or all rows computed,
+whichever takes longer) against the time they took. *Peak memory*: Tether / rival, each process's high-water mark over
+the timed steps. A row is marked † where other processes took more than {BUSY:.0%} of a core during its pairs, and ‡
+where the two sides together nearly filled the memory, so that both gave free memory back between their steps."""
 
 
 def page(raw: Mapping[str, Any], order: Sequence[str]) -> str:
@@ -96,7 +101,7 @@ def share(row: Mapping[str, Any], seconds: float) -> float:
 
 
 def decode_floor(best: Mapping[str, Any], flops: float, bandwidth: float) -> float:
-    """Seconds that the steps need at the least: each reads all weights once, or computes all rows, whichever is more."""
+    """Seconds that the steps need at the least: to read all weights in each, or to compute all rows."""
     return max(best["tokens"]["steps"] * best["weight_bytes"] / bandwidth, best["operations"] / flops)
 
 

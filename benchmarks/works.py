@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "are", "as", "with", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "word", "but", "what", "some", "we", "can", "out", "other", "were", "all", "there", "when", "up", "use", "your", "how", "said", "each", "she", "which", "do", "their", "time", "if", "will", "way", "about", "many", "then", "them", "write", "would", "like", "so", "these", "her", "long", "make", "thing", "see", "him", "two", "has", "look", "more", "day", "could", "go", "come", "did", "number", "sound", "no", "most", "people", "my", "over", "know", "water", "than", "call", "first", "who", "may", "down", "side", "been", "now", "find", "any", "new", "work", "part", "take", "get", "place"]
+WORDS = """
+the of and to in a is that for it was on are as with they be at one have this from or had by word but what some we can
+out other were all there when up use your how said each she which do their time if will way about many then them write
+would like so these her long make thing see him two has look more day could go come did number sound no most people my
+over know water than call first who may down side been now find any new work part take get place
+""".split()  # noqa: SIM905 - a list of them would be a page long
 # Token ids that are drawn for rows of tokens: ordinary words of every vocabulary that is larger than this.
 FIRST_ID, LAST_ID = 300, 30_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """Who does the same work. ``arm``: a module of ``benchmarks/arms``; ``options``: what it is told beside the work."""
+    """Who does the same work. ``arm``: a module of ``benchmarks/arms``; ``options``: what it is told on top."""
 
     name: str
     arm: str
@@ -149,7 +154,7 @@ def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: 
     generator = random.Random(2)
     return Work(
         name=name,
-        title=f"PPO, {len(lengths)} prompts of {min(lengths)}–{max(lengths)} tokens × {group}, {new_tokens} new tokens, "
+        title=f"PPO, {len(lengths)} prompts of {min(lengths)}–{max(lengths)} tokens × {group}, {new_tokens} new, "
         f"{epochs} epochs, four networks",
         kind="ppo",
         rival=LOOP,
@@ -206,7 +211,7 @@ def works() -> dict[str, Work]:
             spec={"rows": rows},
             target=1.7,
         ),
-        preference("dpo", "DPO, 4 pairs, reference in the step", rows, target=2.0),
+        preference("dpo-4", "DPO, 4 pairs, reference in the step", rows, target=2.0),
         preference("dpo-2", "DPO, 2 pairs, reference in the step", rows[:2], target=2.0),
         preference("dpo-cached", "DPO, 4 pairs, reference cached on both sides", rows, cached=True, target=2.0),
         preference("dpo-long", "DPO, 4 pairs, completions dominate (prompt ≈ 30, 200–260)", pairs(4, 30, 200, 260)),

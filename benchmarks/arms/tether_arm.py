@@ -33,7 +33,7 @@ from tether.losses.preference import DPO
 from tether.losses.supervised import CrossEntropy
 from tether.methods import parts
 from tether.methods.preference import with_reference
-from tether.methods.reference import FixedReference
+from tether.methods.reference import FixedReference, OfflineReference
 from tether.methods.reward import pairs
 from tether.models.backbone import Backbone
 from tether.models.load import clone_frozen, load_backbone
@@ -162,15 +162,15 @@ class Offline(Training):
 
     def _hold_to_reference(self, policy: Policy) -> None:
         """The reference is the model as it is; the policy has moved away from it."""
+        frozen = Policy(backbone=clone_frozen(policy.backbone))
         if self.work["cached"]:
-            held = with_reference(pairs, parts.logprobs_of(policy, BUDGET))
-            held(self.groups)
-            self.prepare = held
+            known = OfflineReference(frozen=frozen, store=None)
+            known(self.groups)
+            known.frozen = None
+            self.prepare = with_reference(pairs, known)
         else:
-            reference = Policy(backbone=clone_frozen(policy.backbone))
-            logprobs = parts.logprobs_of(reference, BUDGET)
-            # A fresh one at each step has nothing in its cache.
-            self.prepare = lambda groups: with_reference(pairs, logprobs)(groups)
+            # A fresh one at each step knows nothing yet.
+            self.prepare = lambda groups: with_reference(pairs, OfflineReference(frozen=frozen, store=None))(groups)
         perturb(policy.parameters().items())
 
     def agree(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Training:
     """A trainer whose data is the rows of the work, all in one batch."""
 
     def __init__(self, work: dict[str, Any]) -> None:
-        self.work, self.rows = work, work["rows"] if "rows" in work else []
+        self.work, self.rows = work, work.get("rows", [])
         self.tokenizer = AutoTokenizer.from_pretrained(work["model"])
         self.folder = tempfile.TemporaryDirectory()
         self.facts: dict[str, Any] = {}
