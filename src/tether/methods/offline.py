@@ -99,6 +99,7 @@ def run(
             checkpoint_every=config.run.checkpoint_every,
             keep=config.run.keep_checkpoints,
             quiet=quiet,
+            ceiling=parts.machine_ceiling(role),
         )
 
         def held_out() -> Mapping[str, float]:

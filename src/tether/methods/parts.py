@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.backends.local.ceiling import matmul_rate
 from tether.backends.local.learner import AdamWSettings, LocalLearner, evaluate
 from tether.config.load import resolve_yaml
 from tether.config.schema import DataConfig, LoraConfig, MethodConfig, ModelConfig, OptimConfig
@@ -35,7 +36,7 @@ from tether.models.load import (
     save_scorer,
 )
 from tether.models.reading import LAST, Reading
-from tether.models.roles import Policy, Role, Scorer, new_head
+from tether.models.roles import ActorCritic, Policy, Role, Scorer, new_head
 from tether.models.shared import save_adapter
 from tether.runs.folder import RunFolder, new_path
 from tether.runs.storage import remove_folder, write_text
@@ -246,6 +247,12 @@ def open_learner(
         factors=factors,
     )
     return LocalLearner(role, settings, tokens_per_micro_batch=optim.tokens_per_micro_batch)
+
+
+def machine_ceiling(role: Role) -> float:
+    """FLOP/s that this machine's matrix products reach now, at the role's width and in the type it computes in."""
+    backbone = role.policy.backbone if isinstance(role, ActorCritic) else role.backbone
+    return matmul_rate(backbone.device, backbone.dtype, backbone.config.hidden_size)
 
 
 @contextmanager

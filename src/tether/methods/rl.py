@@ -155,6 +155,7 @@ def _train(
         checkpoint_every=config.run.checkpoint_every,
         keep=config.run.keep_checkpoints,
         quiet=quiet,
+        ceiling=parts.machine_ceiling(role),
     )
     online.train(session, job, eval_every=config.run.eval_every)
 

@@ -17,6 +17,7 @@ from tether.reports.svg import Series
 from tether.reports.verdict import verdict
 from tether.runs import glossary
 from tether.runs.log import read_lines
+from tether.runs.throughput import CEILING, of_steps
 
 # Shown first, in this order, where the run has them. The surrogate loss of policy gradients is not among them.
 HEADLINE = (
@@ -34,6 +35,7 @@ TOGETHER = {
 SAMPLES_PER_SIDE = 8
 # What the ends of a metric's interval are called.
 ENDS = ("/low", "/high")
+CLOCKED = ("time/", "throughput/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +94,9 @@ def run_report(folder: Path) -> str:
     """One self-contained HTML page about the run in ``folder``; a run that still goes on can be reported, too."""
     run = read_run(Path(folder))
     figures = _figures(run)
-    seconds = {
-        n.removeprefix("time/"): math.fsum(svg.finite(v)) for n, (_, v) in run.train.items() if n.startswith("time/")
-    }
-    memory = svg.finite(run.train.get("memory/peak_gib", ([], []))[1])
+    whole = of_steps(_clocked(run))
+    seconds = whole.seconds
+    memory = [m for n, (_, v) in run.train.items() if n.startswith("memory/") for m in svg.finite(v)]
     first, last = _samples(run.samples)
     found = changes(run.held_out)
     told = [verdict(run.method, run.finished, run.train, run.held_out), *(one.sentence for one in found)]
@@ -110,9 +111,21 @@ def run_report(folder: Path) -> str:
         first=first,
         last=last,
         time=time_figure("Time by part", seconds, "Of the training steps, wall clock.") if seconds else None,
+        throughput=whole.line(max(memory)) if seconds and memory else None,
         memory=f"{max(memory):.2f} GiB" if memory else None,
         facts=_facts(run.environment),
     )
+
+
+def _clocked(run: Run) -> dict[float, dict[str, float]]:
+    """step -> what the clock said of it."""
+    steps: dict[float, dict[str, float]] = {}
+    for name, (at, values) in run.train.items():
+        if name.startswith(CLOCKED):
+            for step, value in zip(at, values, strict=True):
+                if math.isfinite(value):
+                    steps.setdefault(step, {})[name] = value
+    return steps
 
 
 def _unfinite(run: Run) -> list[str]:
@@ -135,7 +148,7 @@ def _figures(run: Run) -> list[tuple[bool, Figure]]:
     drawn: set[str] = set(ends)  # an interval is drawn around its metric
     figures = []
     for name in names:
-        if name in drawn or name.startswith(("time/", "memory/")):
+        if name in drawn or name.startswith(("time/", "memory/", CEILING)):
             continue
         group = [n for n in TOGETHER.get(name, (name,)) if n in run.train or n in run.held_out]
         drawn |= set(group)

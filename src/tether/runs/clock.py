@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,12 +12,14 @@ from contextlib import contextmanager
 class Split:
     """Seconds per named phase: ``with split("sample"): ...``, then ``split.take()`` once a step.
 
-    Phases may nest; each second is counted once, in the innermost.
+    Phases may nest; each second is counted once, in the innermost. ``tokens``: tokens drawn in a phase so far, as
+    whoever draws them counts.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.total: dict[str, float] = {}
+        self.tokens: Counter[str] = Counter()
         self._inner = [0.0]
 
     @contextmanager
@@ -44,3 +47,12 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def peak_device_bytes() -> int:
+    """Most that tensors have held on one GPU so far; 0 without one."""
+    # Asked only where torch is loaded already: importing it takes seconds.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # The surrogate loss of policy gradients says nothing about progress, so what does comes first.
 HEADLINE = (
     "reward/mean", "kl/reference", "rewards/accuracies", "rewards/margins", "accuracy", "rollout/length",
-    "rollout/truncated", "policy/entropy", "policy/clip_high", "loss", "grad_norm", "tokens_per_second",
+    "rollout/truncated", "policy/entropy", "policy/clip_high", "loss", "grad_norm", "throughput/trained_tokens_per_s",
 )  # fmt: skip
 SHOWN = 8
 # Steps that the remaining time is estimated from: recent, because completions grow or shrink during a run.

@@ -124,6 +124,7 @@ class Collector:
         self.taken += len(prompts)
         with self.split("sample"):
             rollouts = self._sampled(prompts, self.group_size, self.settings, self._seed(step, round_))
+            self.split.tokens["sample"] += sum(len(r.tokens) for r in rollouts)
         with self.split("reward"):  # what was not judged beside the sampling, and the waiting for what was
             return self._scored(rollouts)
 

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from tether.core.errors import Interrupted
 from tether.core.protocols import Learner
 from tether.runs import checkpoints
-from tether.runs.clock import Split, peak_memory_bytes
+from tether.runs.clock import Split, peak_device_bytes, peak_memory_bytes
 from tether.runs.folder import RunFolder
 from tether.runs.log import MetricsLog, SamplesLog, cut_to, offsets
 from tether.runs.progress import Progress
 from tether.runs.storage import write_folder
+from tether.runs.throughput import Throughput
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,6 +46,8 @@ class Session:
     checkpoint_every: int = 0
     keep: int = 2
     quiet: bool = False
+    # FLOP/s of this machine's matrix products, as measured before the run; None: no share of it is told.
+    ceiling: float | None = None
     state: Callable[[], dict[str, Any]] = dict
     restore: Callable[[dict[str, Any]], None] = lambda state: None
     save_more: Callable[[Path], None] = lambda folder: None
@@ -65,6 +68,7 @@ class Session:
         an evaluation too, before the first step and recorded as step 0, once: a resumed run has it already."""
         with Progress(self.total_steps, self.title, self.quiet) as self.progress:
             start = self._resume()
+            self._began = self._done_so_far()
             self.metrics, self.samples = MetricsLog(self.folder.metrics), SamplesLog(self.folder.samples)
             for log in (self.metrics, self.samples):
                 for note in log.notes:
@@ -94,18 +98,36 @@ class Session:
                 with self.split("save"):
                     write_folder(self.folder.final, self.save_model)
             finally:
+                self._sum_up()
                 self.metrics.close()
                 self.samples.close()
 
     def _one(self, step: int, one_step: Callable[[int], Mapping[str, float]]) -> None:
-        before = self.learner.tokens_seen
+        before = self._done_so_far()
         numbers = dict(one_step(step))
         times = self.split.take()
-        spent = sum(times.values())
-        numbers["tokens_per_second"] = (self.learner.tokens_seen - before) / spent if spent else 0.0
+        numbers |= self._done_since(before, times).metrics()
         numbers["memory/peak_gib"] = peak_memory_bytes() / 2**30
+        if on_device := peak_device_bytes():
+            numbers["memory/peak_gpu_gib"] = on_device / 2**30
         self.metrics.append(step, "train", {**numbers, **{f"time/{k}": round(v, 3) for k, v in times.items()}})
         self.progress.step(step, numbers, times)
+
+    def _done_so_far(self) -> tuple[float, float, float]:
+        """Tokens trained on, tokens sampled, useful FLOPs."""
+        return self.learner.tokens_seen, self.split.tokens["sample"], self.learner.flops_seen
+
+    def _done_since(self, before: tuple[float, float, float], seconds: Mapping[str, float]) -> Throughput:
+        trained, sampled, flops = (now - then for now, then in zip(self._done_so_far(), before, strict=True))
+        # A learner that doesn't count its arithmetic has no share of the ceiling.
+        ceiling = self.ceiling if self.learner.flops_seen else None
+        return Throughput(seconds=seconds, trained=trained, sampled=sampled, flops=flops, ceiling=ceiling)
+
+    def _sum_up(self) -> None:
+        """The throughput line: what this process did, however it ends."""
+        if self.split.total:
+            peak = max(peak_memory_bytes(), peak_device_bytes()) / 2**30
+            self.progress.say(self._done_since(self._began, self.split.total).line(peak))
 
     def _evaluate(self, step: int, evaluate: Callable[[], Mapping[str, float]]) -> None:
         numbers = dict(evaluate())

@@ -19,6 +19,7 @@ from tether.core.protocols import Loss
 from tether.data.batching import micro_batches
 from tether.models.adapters import dropout_on
 from tether.models.roles import ActorCritic, Role
+from tether.models.work import training_work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class LocalLearner:
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.step = 0
         self.tokens_seen = 0
+        self.flops_seen = 0.0
+        self.work = training_work(role)
         self.nonfinite_in_a_row = 0
         self._nonfinite_loss = False
         roles = (role.policy, role.critic) if isinstance(role, ActorCritic) else (role,)
@@ -87,6 +90,8 @@ class LocalLearner:
                 continue
             (total * (weight / count)).backward()
             self.tokens_seen += packed_tokens(part)
+            if self.work is not None:
+                self.flops_seen += self.work.of(packed_tokens(part), int(part.lengths.sum()))
             parts.append({"loss": Mean(float(total.detach()), output.loss.count), **output.metrics})
         return merge(parts)
 

@@ -35,7 +35,7 @@ class TableLearner:
     def __init__(self, world: World, rate: Callable[[int], float], critic_rate: float = 1.0) -> None:
         self.logits = world.reference.clone().requires_grad_()
         self.critic = torch.zeros(self.logits.shape[:2], dtype=self.logits.dtype, requires_grad=True)
-        self.rate, self.step, self.tokens_seen = rate, 0, 0
+        self.rate, self.step, self.tokens_seen, self.flops_seen = rate, 0, 0, 0.0
         groups = [{"params": [self.logits], "factor": 1.0}, {"params": [self.critic], "factor": critic_rate}]
         self.optimizer = torch.optim.Adam(groups, lr=rate(0))
 

@@ -35,15 +35,25 @@ EVERY: dict[str, Entry] = {
         "as the schedule says: up during optim.warmup, then down to 0 or constant",
         "change optim.learning_rate, optim.warmup or optim.schedule",
     ),
-    "tokens_per_second": Entry(
-        "tokens trained or sampled per second of wall time",
-        "steady; compare with the share of the machine's ceiling",
-        "falling: other processes, or longer rows; see time/* for where the time goes",
+    "throughput/trained_tokens_per_s": Entry(
+        "tokens through forward and backward per second of update time; a prompt counts once for all its completions",
+        "steady; see throughput/share_of_ceiling for how much more the machine could do",
+        "falling: other processes, or longer rows (attention grows with their length)",
     ),
-    "share_of_ceiling": Entry(
-        "achieved arithmetic as a share of what this machine's matrix products reach",
-        "above 0.5 for training on a CPU",
+    "throughput/sampled_tokens_per_s": Entry(
+        "tokens drawn per second of sampling time",
+        "steady; higher with more completions at once (prompts_per_step x completions_per_prompt)",
+        "falling: longer completions, or a few long ones at the end that run alone",
+    ),
+    "throughput/share_of_ceiling": Entry(
+        "useful arithmetic of the updates per second, as a share of throughput/ceiling_gflops; attention not counted",
+        "above 0.5 on a CPU; above 1 where the machine was busier when the ceiling was measured",
         "low: raise optim.tokens_per_micro_batch, or set run.threads to the number of physical cores",
+    ),
+    "throughput/ceiling_gflops": Entry(
+        "GFLOP/s of plain matrix products in the type that the run computes in, measured as this process began",
+        "a constant of the machine: the same in all runs",
+        "lower than in other runs: other processes were busy; see run.threads",
     ),
     "time/*": Entry(
         "seconds of this step spent in one part: sampling, reward, learning, ...",
@@ -54,6 +64,11 @@ EVERY: dict[str, Entry] = {
         "largest memory the process has held, in GiB",
         "flat after the first steps, and under the machine's memory",
         "lower optim.tokens_per_micro_batch; then model.lora, which trains adapters only",
+    ),
+    "memory/peak_gpu_gib": Entry(
+        "most that tensors have held on the GPU, in GiB",
+        "flat after the first steps, and under the GPU's memory",
+        "lower optim.tokens_per_micro_batch; optim.checkpoint_activations; model.lora",
     ),
     "eval/*": Entry(
         "the same metric on held-out rows",
