@@ -8,7 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.tether-ready
 DOCS_READY := $(VENV)/.tether-docs-ready
+BENCH_VENV := .bench
+BENCH_READY := $(BENCH_VENV)/.tether-ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 WORKERS ?= 2
 TRIALS ?= 5
 ARGS ?=
@@ -23,7 +26,7 @@ help:
 	@echo "make check      formatting, lint, import layers, types"
 	@echo "make fmt        format the code and apply safe lint fixes"
 	@echo "make docs       build the documentation into docs/_build/html"
-	@echo "make bench      time the parts that decide the speed"
+	@echo "make bench      time Tether beside TRL, pair by pair, on a quiet machine (ARGS=\"--only dpo\", ARGS=growth, ARGS=losses)"
 	@echo "make conformance  named checks of the arithmetic on Tether and its peers (ARGS='--only tether': no installs)"
 	@echo "make torture    the fault tests, TRIALS times over (now $(TRIALS))"
 	@echo "make test-data  checks on real data: make test-data DATA=folder"
@@ -67,8 +70,16 @@ test-data: $(READY)
 	@test -n "$(DATA)" || { echo "say where the data is: make test-data DATA=folder"; exit 2; }
 	TETHER_DATA="$(abspath $(DATA))" $(BIN)/pytest tests/data_checks $(PYTEST_ARGS)
 
-bench: $(READY)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+# TRL is timed in an environment of its own, pinned whole: what its trainers never import stays out.
+$(BENCH_READY): requirements/bench.txt
+	@echo "setup: TRL, to be timed beside Tether, in $(BENCH_VENV)"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_PIP) install torch==2.13.0
+	@$(BENCH_PIP) install --no-deps --requirement requirements/bench.txt
+	@touch $@
+
+bench: $(READY) $(BENCH_READY)
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 docs: $(DOCS_READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
