@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -312,6 +313,28 @@ def test_the_same_text_in_another_step_is_judged_anew_and_nothing_is_kept() -> N
         refs = [weakref.ref(one) for one in given]
         del given
         assert soon(lambda refs=refs: all(ref() is None for ref in refs))
+
+
+@pytest.mark.parametrize("texts", [("1", "1"), ("1", "bad")])
+def test_a_sum_that_is_asked_for_nothing_or_fails_at_its_gate_keeps_nothing(texts: tuple[str, str]) -> None:
+    part = Numbers()
+    reward = Sum(
+        gates={"g": Gate(reward=put_beside(Numbers()), options=GateOptions(otherwise=0))},
+        parts={"x": Part(reward=put_beside(part))},
+    )
+    given = rollouts(*texts)
+    refs = [weakref.ref(one) for one in given]
+    begun(reward, given)
+    assert part.hears("1")
+    try:
+        reward(given if "bad" in texts else [])
+    except RewardFailure as error:
+        error.__traceback__ = None
+    else:
+        assert "bad" not in texts
+    del given
+    gc.collect()  # a failure holds the frames that it went through
+    assert soon(lambda: refs[0]() is None)
 
 
 def test_what_is_queued_and_not_asked_for_is_not_judged_and_what_runs_has_ended() -> None:
