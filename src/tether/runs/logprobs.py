@@ -120,7 +120,7 @@ class LogprobStore:
             "checks": torch.tensor([_checksum(key, row) for key, row in self._mine.items()]),
             "values": torch.cat(rows),
         }
-        beside = self._path.with_name(f".tmp-{self._path.name}")
+        beside = self._path.with_suffix(".part")
         try:
             # No fsync: what a power cut spoils, the checksums find.
             save_file(tensors, beside)
@@ -150,7 +150,7 @@ class LogprobStore:
             start = end
 
     def _sweep(self) -> None:
-        for left in self.root.glob("*/.tmp-*"):
+        for left in self.root.glob("*/*.part"):
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     left.unlink()
