@@ -30,8 +30,7 @@ def measured(rows: list[list[float]], *ks: int) -> list[PassAt]:
 
 
 def test_the_rate_is_the_mean_over_prompts_of_the_share_of_subsets_with_a_right_answer():
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.bernoulli(torch.full((5,), p), generator=generator).tolist() for p in (0.0, 0.2, 0.5, 0.9)]
+    rows = [[0.0] * 5, [0.0, 1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0, 1.0], [1.0] * 5]
     for found in measured(rows, 1, 2, 3, 5):
         by_hand = [[max(subset) for subset in itertools.combinations(row, found.k)] for row in rows]
         rates = [sum(each) / len(each) for each in by_hand]
