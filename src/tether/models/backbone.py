@@ -14,6 +14,7 @@ from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.models import attention
 from tether.models.adapters import active, low_rank, running
+from tether.models.linear import product
 from tether.models.logprobs import token_logprobs
 from tether.models.packed import pack
 
@@ -118,15 +119,18 @@ class Backbone:
         return Hidden(predicts=states[row.predicts], last=states[row.last])
 
     def _padded(self, batch: Batch) -> Hidden:
-        """Prompt and completion of each row joined and padded on the right: slower, and right for any causal model."""
+        """Prompt and completion of each row joined and padded on the right: slower, and right for any causal model.
+
+        No mask is needed: what comes before never sees the padding. With one, padding that is further than a sliding
+        window from the text would see nothing at all, and have gradients that are not numbers.
+        """
         rows = [
             torch.cat([batch.prompts[p], batch.tokens[i, :n]])
             for i, (p, n) in enumerate(zip(batch.prompt_of.tolist(), batch.lengths.tolist(), strict=True))
         ]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         sizes = torch.tensor([len(r) for r in rows], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
-        states = self.hf.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        states = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
         predicts = [
             states[i, len(r) - n - 1 : len(r) - 1]
             for i, (r, n) in enumerate(zip(rows, batch.lengths.tolist(), strict=True))
@@ -153,7 +157,7 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, V] float32, for the sampler; under the adapter that is active."""
         output = self.hf.get_output_embeddings()
-        logits = torch.nn.functional.linear(hidden, output.weight, getattr(output, "bias", None)).float()
+        logits = product(hidden, output.weight, getattr(output, "bias", None)).float()
         if (lora := low_rank(output, running(output), hidden)) is not None:
             logits += torch.nn.functional.linear(*lora)
         if self.softcap is not None:
