@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trl-python", type=Path, default=TRL_PYTHON, help="an interpreter that has TRL 1.16")
     parser.add_argument("--no-write", action="store_true", help="print only: RESULTS.md and results.json stay")
     options = parser.parse_args(given)
+    options.given = sys.argv[1:] if given is None else given
     if options.pairs < 1 or options.default_pairs < 0:
         parser.error("--pairs is 1 or more, --default-pairs 0 or more")
     return options
@@ -132,11 +133,16 @@ def run_work(bench: Bench, work: Work, options: argparse.Namespace) -> dict[str,
     return row
 
 
+def command(given: Sequence[str]) -> str:
+    """What to type for the same; where TRL lies is the business of this machine."""
+    kept = [a for i, a in enumerate(given) if "--trl-python" not in (a.split("=")[0], given[i - 1] if i else "")]
+    return "make bench" + (f' ARGS="{shlex.join(kept)}"' if kept else "")
+
+
 def about(options: argparse.Namespace) -> dict[str, Any]:
     """What a reader must know to repeat a row."""
-    command = "make bench" + (f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "")
     return {
-        "command": command,
+        "command": command(options.given),
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(),
         "settings": machine.settings(options.threads, allocator=not options.no_allocator),
