@@ -12,6 +12,7 @@ from torch import Tensor
 from tether.core.batches import Batch, pad_rows
 from tether.models.attention import NAME
 from tether.models.backbone import Backbone
+from tether.models.linear import use_fast_linear
 
 VOCABULARY = 96
 SMALL = {
@@ -28,12 +29,40 @@ SMALL = {
     "eos_token_id": 2,
 }
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "head_dim": 8}
+ROPE = {"rope_theta": 10000.0}
 FAMILIES = {
     "llama": lambda: hf.LlamaConfig(**SMALL),
     "llama_tied": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama_rope_llama3": lambda: hf.LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            **ROPE,
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama_rope_linear": lambda: hf.LlamaConfig(
+        **SMALL, rope_parameters={**ROPE, "rope_type": "linear", "factor": 4.0}
+    ),
+    "llama_rope_dynamic": lambda: hf.LlamaConfig(
+        **{**SMALL, "max_position_embeddings": 32}, rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 4.0}
+    ),
     "qwen2": lambda: hf.Qwen2Config(**SMALL),
     "qwen2_window": lambda: hf.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": lambda: hf.Qwen3Config(**SMALL, head_dim=16),
+    "qwen3_rope_yarn": lambda: hf.Qwen3Config(
+        **SMALL,
+        head_dim=8,
+        rope_parameters={
+            **ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "mistral_window": lambda: hf.MistralConfig(**SMALL, sliding_window=5),
     "gemma2": lambda: hf.Gemma2Config(
         **SMALL,
@@ -44,6 +73,22 @@ FAMILIES = {
     ),
     "gemma3": lambda: hf.Gemma3TextConfig(**SMALL, **MIXED, query_pre_attn_scalar=8),
     "phi3_window": lambda: hf.Phi3Config(**SMALL, sliding_window=5),
+    "phi3_longrope": lambda: hf.Phi3Config(
+        **SMALL,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            **ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 3.0, 4.0],
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    # Rotates a half of each head; its own head has a bias.
+    "phi": lambda: hf.PhiConfig(**SMALL, partial_rotary_factor=0.5),
+    "olmo_clipped": lambda: hf.OlmoConfig(**SMALL, clip_qkv=0.5),
+    "olmo3": lambda: hf.Olmo3Config(**SMALL, **{k: MIXED[k] for k in ("layer_types", "sliding_window")}),
     "olmo2": lambda: hf.Olmo2Config(**SMALL),
     "smollm3": lambda: hf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0]),
     "cohere2": lambda: hf.Cohere2Config(**SMALL, **MIXED, logit_scale=0.25),
@@ -98,6 +143,7 @@ def backbone(family: str, mode: str = "packed", *, seed: int = 0) -> Backbone:
     model = build(family, seed=seed)
     if mode == "packed":
         model.set_attn_implementation(NAME)
+    use_fast_linear(model)
     return Backbone(hf=model, tokenizer=None, name=family, mode=mode)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import backbone, plain_twin
+from model_cases import FAMILIES, UNPACKABLE, backbone, plain_twin
 from tether.backends.local.draw import draw, log_distribution, uniforms
 from tether.backends.local.sampler import LocalSampler
 from tether.core.batches import rollout_batch
@@ -14,10 +14,17 @@ from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
+from tether.models import backbone as module
 from tether.models.adapters import adapter_parameters, add_adapter
 from tether.models.roles import Policy
 
 LONG = SamplingSettings(max_new_tokens=14)
+
+
+@pytest.fixture(autouse=True)
+def pack_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed for completions as short as these, too."""
+    monkeypatch.setattr(module, "PACKING_PAYS", 2)
 
 
 class Letters:
@@ -66,11 +73,7 @@ def _groups(rollouts: list[Rollout]) -> list[list[Rollout]]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(
     ("family", "mode"),
-    [
-        (f, "packed")
-        for f in ("llama", "mistral_window", "gemma2", "gemma3", "smollm3", "cohere2", "gpt2", "deepseek_v3")
-    ]
-    + [(f, "padded") for f in ("llama", "mistral_window", "gemma2", "bloom", "lfm2", "gpt_oss")],
+    [(f, "packed") for f in FAMILIES] + [(f, "padded") for f in ("llama", "mistral_window", "gemma2", *UNPACKABLE)],
 )
 def test_its_log_probs_are_the_policys(family: str, mode: str, temperature: float):
     """Up to 14 new tokens after up to 15: beyond every window of 5, in prompts and in completions."""
@@ -102,10 +105,21 @@ def test_its_draws_are_those_of_a_loop_over_plain_transformers():
             assert rollout.tokens.tolist() == ids[len(rollout.prompt_tokens) :].tolist()
 
 
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3_rope_yarn", "gemma2", "gemma3", "phi", "olmo3", "gpt2", "deepseek_v3"]
+)
+def test_width_and_order_change_no_draw(family: str):
+    policy = Policy(backbone=backbone(family))
+    whole = sampler(policy, 7, 8).sample(PROMPTS, n=4, settings=LONG, seed=2)
+    for width in (1, 3, 8):
+        mixed = PROMPTS[width % 5 :] + PROMPTS[: width % 5]
+        same(sampler(policy, 7, 8, width=width).sample(mixed, n=4, settings=LONG, seed=2), whole)
+
+
 def test_a_draw_does_not_depend_on_what_shares_the_batch():
     policy = Policy(backbone=backbone("mistral_window"))
     whole = sampler(policy, 7, 8).sample(PROMPTS, n=4, settings=LONG, seed=2)
-    for width in (1, 3, 7):
+    for width in (1, 3, 7, 8):
         same(sampler(policy, 7, 8, width=width).sample(PROMPTS, n=4, settings=LONG, seed=2), whole)
     same(sampler(policy, 7, 8, width=6).sample(PROMPTS[::-1], n=4, settings=LONG, seed=2), whole)
     same(sampler(policy, 7, 8).sample(PROMPTS[1:2], n=4, settings=LONG, seed=2), whole)
@@ -171,16 +185,34 @@ def test_a_stop_string_of_many_bytes_is_found(tiny_tokenizer):
     assert lonely._stopped(row, ("🙃🙃",)) is None
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.6, 0), (1.0, 3), (0.8, 20)])
+@pytest.mark.parametrize("family", ["gemma2", "cohere2", "phi"])
 @torch.no_grad()
-def test_greedy_is_argmax_and_its_log_prob_zero():
-    policy = Policy(backbone=backbone("llama"))
-    rollouts = sampler(policy).sample(PROMPTS[:2], n=2, settings=replace(LONG, temperature=0.0), seed=0)
-    assert rollouts[0].tokens.tolist() == rollouts[1].tokens.tolist() != rollouts[2].tokens.tolist()
+def test_log_probs_of_a_cut_distribution(family: str, top_p: float, top_k: int):
+    """Temperature, then top-k, then top-p of the model's own logits, one text at a time."""
+    policy = Policy(backbone=backbone(family), temperature=1.3)
     plain = plain_twin(policy.backbone.hf)
-    for rollout in rollouts[::2]:
-        logits = plain(input_ids=torch.cat([rollout.prompt_tokens, rollout.tokens])[None]).logits[0]
-        assert logits[len(rollout.prompt_tokens) - 1 : -1].argmax(-1).tolist() == rollout.tokens.tolist()
-        assert not rollout.logprobs.any()
+    settings = replace(LONG, temperature=1.3, top_p=top_p, top_k=top_k)
+    for rollout in sampler(policy, 7, width=3).sample(PROMPTS, n=2, settings=settings, seed=6):
+        table = plain(input_ids=torch.cat([rollout.prompt_tokens, rollout.tokens])[None]).logits[0].double() / 1.3
+        for t, token in enumerate(rollout.tokens.tolist()):
+            probs = nucleus(table[len(rollout.prompt_tokens) - 1 + t].softmax(-1).tolist(), top_p, top_k)
+            assert float(rollout.logprobs[t].exp()) == pytest.approx(probs[token], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_greedy_is_what_transformers_generates_and_its_log_prob_zero(family: str):
+    policy = Policy(backbone=backbone(family))
+    rollouts = sampler(policy, 7, 8, 9).sample(PROMPTS, n=2, settings=replace(LONG, temperature=0.0), seed=0)
+    plain = plain_twin(policy.backbone.hf)
+    for first, second in zip(rollouts[::2], rollouts[1::2], strict=True):
+        theirs = plain.generate(
+            first.prompt_tokens[None], do_sample=False, max_new_tokens=14, eos_token_id=[7, 8, 9], pad_token_id=0
+        )
+        expected = theirs[0, len(first.prompt_tokens) :].tolist()
+        assert first.tokens.tolist() == second.tokens.tolist() == expected
+        assert not first.logprobs.any()
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_is_cut_short():
@@ -189,6 +221,22 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_long_one_is_cut_short(
     assert len(rollout.tokens) == 128 - 124 and rollout.finish_reason == "length"
     with pytest.raises(UserError, match=r"full: 128 tokens(.|\n)*128\n(.|\n)*data.max_prompt_tokens"):
         sampler().sample([PROMPTS[0], Prompt(id="full", text="x" * 128)], n=1, settings=LONG, seed=0)
+
+
+@pytest.mark.parametrize("family", ["llama_rope_dynamic", "phi3_longrope"])
+def test_frequencies_that_change_with_length_end_the_context(family: str):
+    """Both begin to change beyond 32 tokens; to there, the sampler's numbers are the policy's."""
+    policy = Policy(backbone=backbone(family))
+    prompts = [Prompt(id="a", text="x" * 25), PROMPTS[0]]
+    long = replace(LONG, max_new_tokens=40)
+    rollouts = sampler(policy).sample(prompts, n=1, settings=long, seed=0)
+    assert [len(r.prompt_tokens) + len(r.tokens) for r in rollouts] == [32, 32]
+    with torch.no_grad():
+        scored = policy(rollout_batch(rollouts)).logprobs
+    for rollout, row in zip(rollouts, scored, strict=True):
+        torch.testing.assert_close(rollout.logprobs, row[: len(rollout.tokens)], atol=2e-4, rtol=2e-4)
+    with pytest.raises(UserError, match=r"32 tokens(.|\n)*of 32"):
+        sampler(policy).sample([Prompt(id="full", text="x" * 32)], n=1, settings=LONG, seed=0)
 
 
 def test_nothing_asked_nothing_drawn():

@@ -1,4 +1,4 @@
-"""The chunked log-probs against torch's own log_softmax, gather and Categorical, in float64, gradients included."""
+"""The log-probs in blocks against torch's own log_softmax, gather and Categorical, in float64, gradients included."""
 
 import pytest
 import torch
@@ -19,11 +19,14 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=[1, 3, 1000], ids=lambda rows: f"chunks-of-{rows}")
-def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * request.param)
-    assert len(module._chunks(K, V)) == -(-K // request.param)
-    return request.param
+@pytest.fixture(params=[(1, 1), (3, 4), (1000, 1000)], ids=lambda size: f"blocks-of-{size[0]}x{size[1]}")
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = request.param
+    monkeypatch.setattr(module, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(module, "BLOCK_COLUMNS", columns)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 0)
+    made = [len(list(module._parts(rows, V))) for rows in module._slices(K, rows)]
+    assert made == [-(-V // columns)] * -(-K // rows)
 
 
 def leaves(bias: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -43,7 +46,7 @@ def reference(hidden, weight, bias, targets, temperature=1.0, logit_scale=1.0, s
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_values_and_gradients(settings: dict, bias: bool, chunk_rows: int):
+def test_values_and_gradients(settings: dict, bias: bool, blocks: None):
     mine, theirs = leaves(bias), leaves(bias)
     ours = token_logprobs(mine[0], mine[1], mine[3], bias=mine[2], entropy=True, **settings)
     right = reference(*theirs, **settings)

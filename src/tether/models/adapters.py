@@ -7,7 +7,7 @@ makes the reference free.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -142,6 +142,18 @@ def dropout_on(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in modules:
             module.eval()
+
+
+def folded(model: nn.Module, name: str | None) -> Callable[[nn.Linear], Tensor]:
+    """The weight of a linear layer with adapter ``name`` folded in: W + (alpha / rank) · B A."""
+    over = {layer.base_layer: layer for _, layer in _layers(model) if name in layer.lora_A} if name else {}
+
+    def weight(linear: nn.Linear) -> Tensor:
+        if linear not in over:
+            return linear.weight
+        return linear.weight + over[linear].get_delta_weight(name).to(linear.weight.dtype)
+
+    return weight
 
 
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from tether.core.batches import Batch
 from tether.core.errors import UserError
-from tether.models import attention
-from tether.models.adapters import active, low_rank, running
-from tether.models.linear import product
+from tether.models import attention, linear
+from tether.models.adapters import active, folded, low_rank
 from tether.models.logprobs import token_logprobs
 from tether.models.packed import pack
 
@@ -25,6 +24,9 @@ WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 PACKED_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # The same of logits of one and the same state: only the rounding of one matrix product is between them.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+# Decoding steps from which packing the weights (0.1 s for 135 M parameters) costs less than it saves.
+PACKING_PAYS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,12 +156,20 @@ class Backbone:
             entropy=entropy,
         )
 
+    @contextlib.contextmanager
+    def decoding(self, adapter: str | None, steps: int) -> Iterator[None]:
+        """For the sampler: the passes inside run under ``adapter``; for many ``steps`` of them from weights that are
+        packed once, the adapter folded in, where this CPU has such a thing."""
+        if linear.SERVES and steps >= PACKING_PAYS:
+            with active(self.hf, None), linear.packed_weights(self.hf, folded(self.hf, adapter)):
+                yield
+        else:
+            with active(self.hf, adapter):
+                yield
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, V] float32, for the sampler; under the adapter that is active."""
-        output = self.hf.get_output_embeddings()
-        logits = product(hidden, output.weight, getattr(output, "bias", None)).float()
-        if (lora := low_rank(output, running(output), hidden)) is not None:
-            logits += torch.nn.functional.linear(*lora)
+        logits = self.hf.get_output_embeddings()(hidden).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits * self.logit_scale

@@ -1,7 +1,12 @@
-"""Log-probs of completion tokens from hidden states, in chunks: the [B, T, V] tensor is never made."""
+"""Log-probs of completion tokens from hidden states, block by block: the [B, T, V] tensor is never made.
+
+A block is some rows and a part of the vocabulary. Forward, the parts' log-sum-exps are joined (Milakov 2018); backward,
+log Z is known, so every part gives its share of the gradients by itself and that of the weight is written once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,13 +14,23 @@ from torch import Tensor
 
 from tether.models.linear import product
 
-# Bytes of logits that exist at once in a chunk, forward or backward.
-CHUNK_BYTES = 96 * 2**20
+# Bytes of logits that exist at once: few enough to stay in the processor's cache, and in memory that the allocator uses
+# again instead of giving it back.
+BLOCK_BYTES = 24 * 2**20
+# Rows of a block, and the fewest columns: enough for the matrix products to run at their full speed.
+BLOCK_ROWS, BLOCK_COLUMNS = 2048, 256
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+def _slices(total: int, step: int) -> Iterator[slice]:
+    return (slice(at, min(at + step, total)) for at in range(0, total, step))
+
+
+def _parts(rows: slice, vocabulary: int) -> Iterator[slice]:
+    return _slices(vocabulary, max(BLOCK_COLUMNS, BLOCK_BYTES // (4 * (rows.stop - rows.start))))
+
+
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
 
 
 def _logits(
@@ -27,19 +42,24 @@ def _logits(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """[n, V] logits of a chunk in float32 or better, divided by the temperature through ``scale``."""
+    """[n, v] logits of a block in float32 or better, divided by the temperature through ``scale``."""
     logits = product(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if low is not None and up is not None:
         logits += torch.nn.functional.linear(low, up)
     if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return logits * scale
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits if scale == 1 else logits.mul_(scale)
+
+
+def _inside(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """The rows whose target lies in ``part`` of the vocabulary, and where in it."""
+    rows = ((targets >= part.start) & (targets < part.stop)).nonzero().squeeze(1)
+    return rows, targets[rows] - part.start
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)), logits recomputed chunk by chunk in the
-    backward."""
+    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)), logits recomputed in the backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -54,67 +74,70 @@ class _TokenLogProbs(torch.autograd.Function):
         softcap: float | None,
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = hidden.shape[0]
-        logprobs = torch.empty(rows, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        log_z = torch.empty_like(logprobs)
-        entropy = torch.zeros_like(logprobs)
-        for part in _chunks(rows, weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, None if low is None else low[part], up, scale, softcap)
-            log_z[part] = logits.logsumexp(dim=-1)
-            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_z[part]
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        chosen = torch.empty(len(hidden), dtype=kind, device=hidden.device)
+        log_z, entropy = torch.empty_like(chosen), torch.zeros_like(chosen)
+        for rows in _slices(len(hidden), BLOCK_ROWS):
+            sums, means = [], []
+            for part in _parts(rows, len(weight)):
+                logits = _logits(
+                    hidden[rows], weight[part], _cut(bias, part), _cut(low, rows), _cut(up, part), scale, softcap
+                )
+                found, at = _inside(targets[rows], part)
+                chosen[rows][found] = logits[found, at]
+                sums.append(logits.logsumexp(dim=-1))
+                if want_entropy:
+                    means.append((logits - sums[-1][:, None]).exp_().mul_(logits).sum(dim=-1))
+            by_part = torch.stack(sums)
+            log_z[rows] = by_part.logsumexp(dim=0)
             if want_entropy:
-                # H = log Z - E[logit]
-                probs = (logits - log_z[part, None]).exp_()
-                entropy[part] = log_z[part] - probs.mul_(logits).sum(dim=-1)
+                # H = log Z - E[logit], and E[logit] is the mean of the parts' means by their probabilities.
+                entropy[rows] = log_z[rows] - ((by_part - log_z[rows]).exp() * torch.stack(means)).sum(dim=0)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_z, entropy)
         ctx.scale, ctx.softcap, ctx.want_entropy = scale, softcap, want_entropy
         if not want_entropy:
             ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - log_z, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, low, up, targets, log_z, entropy = ctx.saved_tensors
-        need_hidden, need_weight, need_bias, need_low, need_up = ctx.needs_input_grad[:5]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=log_z.dtype) if need_bias else None
-        grad_low = torch.empty_like(low) if need_low else None
-        grad_up = torch.zeros_like(up, dtype=log_z.dtype) if need_up else None
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias, None if low is None else low[part], up, ctx.scale, ctx.softcap)
-            log_p = logits - log_z[part, None]
-            probs = log_p.exp()
-            # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
-            grad = probs * -grad_logprobs[part, None]
-            if ctx.want_entropy:
-                grad -= probs * (log_p + entropy[part, None]) * grad_entropy[part, None]
-            grad.scatter_add_(1, targets[part, None], grad_logprobs[part, None])
-            grad *= ctx.scale
-            if ctx.softcap is not None:
-                grad *= 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
-            if grad_low is not None:
-                grad_low[part] = grad.to(up.dtype) @ up
-            if grad_up is not None and low is not None:
-                grad_up += grad.T.to(low.dtype) @ low[part]
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = product(grad, weight.t())
-            if grad_weight is not None:
-                grad_weight += product(grad.t(), hidden[part].t())
-            if grad_bias is not None:
-                grad_bias += grad.sum(dim=0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            grad_low,
-            None if grad_up is None else grad_up.to(up.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        inputs = (hidden, weight, bias, low, up)
+        grads = [
+            torch.zeros_like(t, dtype=log_z.dtype) if needed else None
+            for t, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True)
+        ]
+        of_hidden, of_weight, of_bias, of_low, of_up = grads
+        for rows in _slices(len(hidden), BLOCK_ROWS):
+            h, a, toward = hidden[rows], _cut(low, rows), grad_logprobs[rows, None] * ctx.scale
+            for part in _parts(rows, len(weight)):
+                w, u = weight[part], _cut(up, part)
+                logits = _logits(h, w, _cut(bias, part), a, u, ctx.scale, ctx.softcap)
+                slope = None if ctx.softcap is None else 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
+                log_p = logits.sub_(log_z[rows, None])
+                # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
+                if ctx.want_entropy:
+                    pull = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None] * ctx.scale).add_(toward)
+                    grad = log_p.exp_().mul_(pull).neg_()
+                else:
+                    grad = log_p.exp_().mul_(-toward)
+                found, at = _inside(targets[rows], part)
+                grad[found, at] += toward[found, 0]
+                if slope is not None:
+                    grad *= slope
+                if of_bias is not None:
+                    of_bias[part] += grad.sum(dim=0)
+                grad = grad.to(hidden.dtype)
+                if of_hidden is not None:
+                    of_hidden[rows] += product(grad, w.t())
+                if of_weight is not None:
+                    of_weight[part] += product(h.t(), grad.t()).t()
+                if of_low is not None and u is not None:
+                    of_low[rows] += grad.to(u.dtype) @ u
+                if of_up is not None and a is not None:
+                    of_up[part] += grad.t().to(a.dtype) @ a
+        made = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+        return (*made, None, None, None, None)
 
 
 def token_logprobs(

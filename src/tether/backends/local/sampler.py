@@ -14,7 +14,6 @@ from tether.backends.local.draw import draw, log_distribution, uniforms
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
-from tether.models.adapters import active
 from tether.models.roles import Policy
 
 
@@ -80,7 +79,8 @@ class LocalSampler:
                 )
         if not rows:
             return []
-        with active(self.policy.backbone.hf, self.policy.adapter):
+        steps = max(len(row.uniforms) for row in rows)
+        with self.policy.backbone.decoding(self.policy.adapter, steps):
             if self.policy.backbone.mode == "packed":
                 self._run(rows, settings)
             else:
