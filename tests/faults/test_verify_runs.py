@@ -154,7 +154,8 @@ def test_the_report_has_a_row_for_each_k_and_says_what_can_not_be_told(tiny_mode
     ("after", "words"),
     [
         ((0.5, 0.31, 0.7), "rose."),
-        ((0.2, 0.1, 0.3), "no measurable change"),
+        ((0.4, 0.25, 0.6), "no measurable change"),
+        ((0.05, 0.0, 0.12), "no measurable change"),
         ((0.05, 0.0, 0.09), "fell."),
     ],
 )
