@@ -138,6 +138,10 @@ class RewardModelConfig(OfflineConfig):
     stratify_lengths: bool = Field(
         default=False, description="every optimizer step sees all lengths of completions, short to long"
     )
+    scale_on: str | None = Field(
+        default=None,
+        description="SFT file on whose answers scores get mean 0 and std 1; empty: held-out rows, else training rows",
+    )
     members: int | None = Field(
         default=None,
         ge=2,
@@ -272,6 +276,11 @@ class RLConfig(MethodConfig):
     )
     max_logprob_gap: float = Field(
         default=0.1, gt=0, description="stop when mean |log-prob(learner) - log-prob(sampler)| is over this (nats)"
+    )
+    old_logprobs: Literal["auto", "learner"] = Field(
+        default="auto",
+        description="log-probs before an update. auto: the sampler's, where a part of each step, scored by the learner "
+        "too, agrees to 1e-4 nats a token (no critic, no correction for the sampler); learner: scored anew",
     )
     on_reward_failure: Literal["stop", "skip"] = Field(
         default="stop", description="skip: leave the rollout out, and count it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tether.algorithms import Algorithm
 from tether.backends.local.sampler import LocalSampler
@@ -139,6 +140,7 @@ def _train(
         reference=reference,
         seed=config.run.seed,
         max_logprob_gap=config.max_logprob_gap,
+        old_logprobs=_old_logprobs(config, algorithm),
         critic=isinstance(role, ActorCritic),
         pretraining=pretraining,
         resample_rounds=(config.resample_rounds or RESAMPLE_ROUNDS) if algorithm.dynamic_sampling else 0,
@@ -158,6 +160,12 @@ def _train(
         ceiling=parts.machine_ceiling(role),
     )
     online.train(session, job, eval_every=config.run.eval_every)
+
+
+def _old_logprobs(config: RLConfig, algorithm: Algorithm) -> Literal["sampler", "learner"]:
+    """A critic needs the learner's pass anyway; a correction for the sampler compares the two."""
+    needs_pass = algorithm.needs & {"critic", "sampler_logprobs"}
+    return "sampler" if config.old_logprobs == "auto" and not needs_pass else "learner"
 
 
 def _schedule(config: RLConfig, algorithm: Algorithm, n_prompts: int) -> list[str]:

@@ -28,6 +28,7 @@ from tether.rewards.meter import Meter
 from tether.rewards.penalties import distinct
 from tether.runs.log import plain
 from tether.runs.storage import write_folder, write_text
+from tether.training.before import Before, Source, before_update
 from tether.training.guards import Guards, HeldOut, Watch
 from tether.training.rollouts import Collector, Scored, spread
 from tether.training.session import Session
@@ -77,6 +78,8 @@ class OnlineJob:
     reference: Reference | None
     seed: int
     max_logprob_gap: float
+    # Whose log-probs an update starts from: the learner's, or the sampler's where the two agree.
+    old_logprobs: Source = "learner"
     critic: bool = False
     pretraining: Callable[[int], Batch] | None = None
     skip_failed_rewards: bool = False
@@ -220,9 +223,9 @@ class _Loop:
     def _policy_batch(self, found: Scored) -> tuple[PolicyBatch, Metrics]:
         job, algorithm = self.job, self.job.algorithm
         base = rollout_batch(found.rollouts)
-        outputs = self.learner.outputs(base, entropy=True)
-        old, entropy, critic = outputs.logprobs, outputs.entropy, outputs.values
-        assert old is not None and entropy is not None
+        sampled = pad_rows([r.logprobs for r in found.rollouts], base.tokens.shape[1])
+        before = before_update(self.learner, base, sampled, job.old_logprobs)
+        old, critic = before.logprobs, before.values
         mask = base.loss_mask
         rewards = torch.zeros_like(old)
         # The score sits on the last token of the completion, EOS included: not one slot after it.
@@ -265,9 +268,9 @@ class _Loop:
             returns=returns,
             values=critic,
             ref_logprobs=reference,
-            sampler_logprobs=pad_rows([r.logprobs for r in found.rollouts], base.tokens.shape[1]),
+            sampler_logprobs=sampled,
         )
-        return batch, metrics | self._describe(found, batch, entropy)
+        return batch, metrics | self._describe(found, batch, before)
 
     def _baselines(self, found: Scored, rewards: Tensor, mask: Tensor, metrics: Metrics) -> Tensor | None:
         """[B] what a return is compared with, where that comes from outside the batch; None where it does not."""
@@ -290,11 +293,9 @@ class _Loop:
                 raise NumericStop(f"step {step}: the KL to the reference is {kl}; lower optim.learning_rate")
             self.kl_coefficient = self.job.algorithm.kl_control.next(self.kl_coefficient, start, kl, rollouts, progress)
 
-    def _describe(self, found: Scored, batch: PolicyBatch, entropy: Tensor) -> Metrics:
+    def _describe(self, found: Scored, batch: PolicyBatch, before: Before) -> Metrics:
         mask, size = batch.loss_mask, batch.size
         rollouts, total = found.rollouts, found.scores.total
-        assert batch.sampler_logprobs is not None
-        gap = (batch.old_logprobs - batch.sampler_logprobs).abs()
         metrics: Metrics = {
             "reward/mean": Mean(total.sum(), size),
             "reward/std": Mean(total.std(correction=0) * size, size),
@@ -302,9 +303,10 @@ class _Loop:
             "rollout/truncated": Mean(float(sum(r.finish_reason == "length" for r in rollouts)), size),
             "rollout/unique": Mean(float(len({(r.group, r.text) for r in rollouts})), size),
             "rollout/distinct_2": Mean(distinct([r.tokens.tolist() for r in rollouts], 2), 1),
-            "policy/entropy": masked_mean(entropy, mask),
-            "sampler/gap": masked_mean(gap, mask),
-            "sampler/gap_max": Max(float(torch.where(mask, gap, 0.0).max())),
+            "policy/entropy": masked_mean(before.entropy, before.known),
+            "sampler/gap": masked_mean(before.gap, before.known),
+            "sampler/gap_max": Max(float(torch.where(before.known, before.gap, 0.0).max())),
+            "sampler/trusted": Mean(float(before.source == "sampler"), 1),
         }
         widths = spread(total, [r.group for r in rollouts])
         if size > len(widths):

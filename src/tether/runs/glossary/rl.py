@@ -137,6 +137,11 @@ RL: dict[str, Entry] = {
         "larger: the two see different weights or masks; the run stops at max_logprob_gap",
     ),
     "sampler/gap_max": Entry("largest such gap of any token, in nats", "below 0.1 in float32", "as for sampler/gap"),
+    "sampler/trusted": Entry(
+        "1 where the sampler's log-probs served as those before the update, 0 where the learner scored all anew",
+        "1 in float32 without a critic (sampler/gap and policy/entropy are then of the part that was checked)",
+        "0 with old_logprobs=auto and no critic: the two differ by more than 1e-4 nats; a pass more a step",
+    ),
     "sampler/weight": Entry(
         "mean weight learner/sampler that sampler_correction puts on a token, after the cut",
         "within 0.05 of 1",
