@@ -40,7 +40,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("command", nargs="?", choices=("table", "growth", "losses"), default="table")
     parser.add_argument("--only", default="", metavar="NAMES", help="works (or curves of growth), commas between them")
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each row (default 5)")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each row (default 5; 0: agreement alone)")
     parser.add_argument(
         "--default-pairs", type=int, default=1, help="pairs against TRL's default settings (default 1; 0: leave it out)"
     )
@@ -52,8 +52,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="print only: RESULTS.md and results.json stay")
     options = parser.parse_args(given)
     options.given = sys.argv[1:] if given is None else given
-    if options.pairs < 1 or options.default_pairs < 0:
-        parser.error("--pairs is 1 or more, --default-pairs 0 or more")
+    if options.pairs < 0 or options.default_pairs < 0:
+        parser.error("--pairs and --default-pairs are 0 or more")
     return options
 
 
@@ -111,15 +111,16 @@ def model_folder(name: str, folder: str) -> str:
 
 def run_table(bench: Bench, options: argparse.Namespace, raw: dict[str, Any], keep: Callable[[], None]) -> None:
     """Every chosen row; each is kept as soon as it is known."""
-    known = works()
+    known, how = works(), about(options)
     for name in chosen(options.only, list(known)):
         work = known[name]
-        raw["rows"][name] = {**run_work(bench, work, options), "about": about(options)}
+        raw["rows"][name] = {**run_work(bench, work, options), "about": how}
         keep()
 
 
 def run_work(bench: Bench, work: Work, options: argparse.Namespace) -> dict[str, Any]:
-    row: dict[str, Any] = {"title": work.title, "target": work.target, "model": options.model}
+    model = Path(options.model).name if Path(options.model).is_dir() else options.model
+    row: dict[str, Any] = {"title": work.title, "kind": work.kind, "target": work.target, "model": model}
     rivals = [("best", work.rival, options.pairs)]
     if work.default is not None and options.default_pairs:
         rivals.append(("default", work.default, options.default_pairs))
@@ -162,6 +163,8 @@ def versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
         ("Tether and plain", "tether_arm", ["torch", "transformers"]),
         ("TRL", "trl_arm", ["trl", "torch", "transformers"]),
     ):
+        if arm == "trl_arm" and not options.trl_python.exists():
+            continue  # it is not asked for, or the first row that asks for it says so
         python = interpreter(arm, options.trl_python)
         found[side] = json.loads(subprocess.check_output([python, "-c", code % names], text=True))
     return found

@@ -45,7 +45,8 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         ours, facts = bench.open(stack, "tether_arm", work)
         theirs, other = bench.open(stack, rival.arm, work, rival)
         mine = ours.ask("agree")
-        found = agreement(mine, theirs.ask("agree", **_passed_on(mine)), rounded=rival.rounded)
+        other_side = theirs.ask("agree", **_passed_on(mine))
+        found = agreement(mine, other_side, rounded=rival.rounded)
         void = found.void or _different_prompts(facts, other)
         tokens = token_counts(work, facts.get("prompt_tokens", ()))
         row: dict[str, Any] = {
@@ -60,10 +61,14 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
             bench.say(f"  void: {void}")
             return row
         bench.say(f"  agree: {found}")
+        if not pairs:
+            return {**row, "void": "not timed (--pairs 0)"}
         ceiling = stack.enter_context(bench.start("ceiling_arm"))
         ceiling.ask("open", work={}, threads=bench.threads)
         ceiling.ask("agree")
-        return {**row, **_time(bench, work, ours, theirs, ceiling, pairs)}
+        # What a step needs, about; the two arms hold it at once.
+        crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
+        return {**row, **_time(ours, theirs, ceiling, pairs, bench.say, warm_up=work.warm_up, rest=crowded)}
 
 
 def _passed_on(answer: dict[str, Any]) -> dict[str, Any]:
@@ -76,27 +81,29 @@ def _different_prompts(mine: dict[str, Any], other: dict[str, Any]) -> str:
     return "" if one == two else f"the prompts have {one} tokens on one side and {two} on the other"
 
 
-def _time(bench: Bench, work: Work, ours: Process, theirs: Process, ceiling: Process, pairs: int) -> dict[str, Any]:
-    """``pairs`` pairs; in every second one the rival goes first. The ceiling is measured between them."""
-    rest = False
-    if work.warm_up:
-        peaks = [process.ask("step")["peak"] for process in (ours, theirs)]
-        rest = sum(peaks) > CROWDED * bench.memory
+def _time(
+    ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say, *, warm_up: bool, rest: bool
+) -> dict[str, Any]:
+    """``pairs`` pairs; in every second one the rival goes first. The ceiling is measured between them. ``rest``: an arm
+    gives its free memory back after each step."""
+    arms = (ours.pid, theirs.pid, ceiling.pid)
+    if warm_up:
+        for process in (ours, theirs):
+            process.ask("step", rest=rest)
     times, loads, ceilings = [], [], []
     peak = {"ours": 0, "theirs": 0}
     for number in range(pairs):
-        before = machine.read_load((ours.pid, theirs.pid, ceiling.pid))
+        before = machine.read_load(arms)
         order = [("ours", ours), ("theirs", theirs)]
         taken = {}
         for name, process in order if number % 2 == 0 else reversed(order):
             answer = process.ask("step", rest=rest)
             taken[name] = answer["seconds"]
             peak[name] = max(peak[name], answer["peak"])
-        loads.append(machine.other_load(before, machine.read_load((ours.pid, theirs.pid, ceiling.pid))))
-        rest = rest or sum(peak.values()) > CROWDED * bench.memory
+        loads.append(machine.other_load(before, machine.read_load(arms)))
         times.append((taken["ours"], taken["theirs"]))
         answer = ceiling.ask("step")
         ceilings.append((answer["flops"], answer["bandwidth"]))
         ratio = taken["theirs"] / taken["ours"]
-        bench.say(f"  pair {number + 1} of {pairs}: {taken['ours']:.2f} s, {taken['theirs']:.2f} s, ratio {ratio:.2f}")
+        say(f"  pair {number + 1} of {pairs}: {taken['ours']:.2f} s, {taken['theirs']:.2f} s, ratio {ratio:.2f}")
     return {"pairs": times, "peak": peak, "ceilings": ceilings, "load": loads, "gave_memory_back": rest}

@@ -53,7 +53,7 @@ def _row(row: Mapping[str, Any]) -> str:
     if best["void"]:
         return f"| {title} | {best['rival']} | | | **void**: {best['void']} | {wanted} | | | | |"
     ours, theirs = (median(pair[i] for pair in best["pairs"]) for i in (0, 1))
-    tokens = best["tokens"]["decoded"] if best["weight_bytes"] and _decodes(row) else best["tokens"]["useful"]
+    tokens = best["tokens"]["decoded" if row["kind"] == "sampling" else "useful"]
     mine, other = (best["peak"][side] / 2**30 for side in ("ours", "theirs"))
     cells = [
         title + marks(best),
@@ -68,10 +68,6 @@ def _row(row: Mapping[str, Any]) -> str:
         f"{mine:.1f} / {other:.1f} GiB ({mine / other:.2f})",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def _decodes(row: Mapping[str, Any]) -> bool:
-    return row["title"].startswith("sampling")
 
 
 def marks(best: Mapping[str, Any]) -> str:
@@ -95,7 +91,7 @@ def share(row: Mapping[str, Any], seconds: float) -> float:
     """Of the ceiling: of the matrix product for training; for sampling the floor of the decode steps over the time."""
     best = row["best"]
     flops, bandwidth = (median(pair[i] for pair in best["ceilings"]) for i in (0, 1))
-    if not _decodes(row):
+    if row["kind"] != "sampling":
         return best["operations"] / flops / seconds
     return decode_floor(best, flops, bandwidth) / seconds
 

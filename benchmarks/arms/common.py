@@ -85,7 +85,9 @@ def serve(open_work: Callable[[dict[str, Any]], Arm]) -> None:
         torch.set_num_threads(command["threads"])
         arm = open_work(command["work"])
         conversation.say(facts=arm.facts)
-        conversation.say(**arm.agree(conversation.hear()))
+        answer = arm.agree(conversation.hear())
+        conversation.say(**answer, peak=peak_memory())
+        release_memory()
         reset_peak_memory()
         arm.steps(conversation)
     except Closed:

@@ -21,7 +21,7 @@ class Plain:
     def __init__(self, work: dict[str, Any]) -> None:
         self.work = work
         self.tokenizer = AutoTokenizer.from_pretrained(work["model"], padding_side="left")
-        self.policy = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32).eval()
+        self.policy: Any = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32).eval()
         texts = [text for text in work["prompts"] for _ in range(work["group"])]
         made = self.tokenizer(texts, padding=True, return_tensors="pt")
         self.ids, self.mask = made["input_ids"], made["attention_mask"]

@@ -177,7 +177,7 @@ for line in sys.stdin:
     if command["do"] == "open":
         answer = {"facts": {"trunk": 100, "head": 50}}
     elif command["do"] == "agree":
-        answer = {"loss": 1.0, "gradient": {"w": [1.0, grad, grad]}}
+        answer = {"loss": 1.0, "gradient": {"w": [1.0, grad, grad]}, "peak": 10**9}
     else:
         answer = {"seconds": seconds, "peak": 10**9, "flops": 1e9, "bandwidth": 1e9}
     print(json.dumps(answer), flush=True)
@@ -227,7 +227,8 @@ def test_arms_alternate_after_a_step_that_does_not_count(tmp_path: Path):
 
 def test_arms_that_fill_the_memory_give_it_back_between_steps(tmp_path: Path):
     assert compare(fake_bench(tmp_path, memory=2 * 10**9), WORK, BEST, 1)["gave_memory_back"]
-    assert (tmp_path / "diary").read_text().count("step True") == 2
+    assert (tmp_path / "diary").read_text().count("step True") == 4  # the warm-up, too
+    assert not compare(fake_bench(tmp_path, memory=3 * 10**9), WORK, BEST, 1)["gave_memory_back"]
 
 
 def test_sides_that_disagree_are_not_timed(tmp_path: Path):
@@ -239,6 +240,12 @@ def test_sides_that_disagree_are_not_timed(tmp_path: Path):
 def test_an_arm_that_ends_says_why(tmp_path: Path):
     with pytest.raises(ArmFailed, match="trl_arm: ended: no memory left"):
         compare(fake_bench(tmp_path, seconds=-1.0), WORK, BEST, 1)
+
+
+def test_agreement_alone_is_asked_for_with_no_pairs(tmp_path: Path):
+    row = compare(fake_bench(tmp_path), WORK, BEST, 0)
+    assert "--pairs 0" in row["void"] and row["agreement"]["numbers"]["loss"] == 0
+    assert diary(tmp_path, "step") == []
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -293,10 +300,11 @@ def test_shares_of_the_ceiling_and_marks():
         "ceilings": [(100.0, 10.0)], "operations": 150.0, "weight_bytes": 4, "peak": {"ours": 2**30, "theirs": 2**31},
         "tokens": {"useful": 10, "decoded": 6, "steps": 3},
     }  # fmt: skip
-    row = {"title": "training", "model": "smollm2-135m", "target": None, "best": best}
+    row = {"title": "training", "kind": "sft", "model": "smollm2-135m", "target": None, "best": best}
     assert report.share(row, 2.0) == 0.75
     # Three steps that read four bytes at ten a second: 1.2 s; all rows computed would be 1.5 s.
     assert report.decode_floor(best, 100.0, 10.0) == 1.5 and report.decode_floor(best, 1000.0, 10.0) == 1.2
+    assert report.share({**row, "kind": "sampling"}, 2.0) == 0.75
     line = report.table({"x": row}, ["x"])[-1]
     assert "training ‡" in line and "5 / 2" in line and "1.0 / 2.0 GiB (0.50)" in line
     assert "training †" in report.table({"x": {**row, "best": {**best, "load": [0.2]}}}, ["x"])[-1]
@@ -321,7 +329,7 @@ def test_what_a_library_prints_does_not_reach_the_conversation(tmp_path: Path):
     )
     with Process("arm", [sys.executable, str(script)], {"PYTHONPATH": str(ROOT)}) as arm:
         assert arm.ask("open", work={"kind": "x"}, threads=1) == {"facts": {}}
-        assert arm.ask("agree", x=2.5) == {"loss": 2.5}
+        assert arm.ask("agree", x=2.5)["loss"] == 2.5
         done = arm.ask("step", rest=True)
         assert done["seconds"] < 1 and done["peak"] > 50 * 2**20
         with pytest.raises(ArmFailed, match="arm: KeyError: 'a part'"):
