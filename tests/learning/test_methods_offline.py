@@ -172,6 +172,25 @@ def test_a_dry_run_writes_nothing_and_shows_the_whole(method, tiny_model_folder,
     assert "one example:" in shown
 
 
+def test_a_group_over_the_token_budget_is_named_and_may_be_refused(tiny_model_folder, tmp_path, capsys):
+    from tether.methods import preference
+
+    data = preferences(tmp_path)
+    for oversize in ("run", "refuse"):
+        made = config(
+            "preference", tiny_model_folder, data, tmp_path / "r",
+            optim={"tokens_per_micro_batch": 8, "oversize": oversize},
+        )  # fmt: skip
+        if oversize == "refuse":
+            with pytest.raises(UserError, match=r"8 of 8 groups(.|\n)*optim.oversize=run"):
+                preference.run(made, dry_run=True)
+        else:
+            preference.run(made, dry_run=True)
+            assert (
+                capsys.readouterr().out.count("have more tokens than optim.tokens_per_micro_batch=8; the longest") == 1
+            )
+
+
 def test_a_folder_that_exists_is_refused_untouched(tiny_model_folder, tmp_path):
     taken = tmp_path / "r"
     taken.mkdir()

@@ -11,6 +11,7 @@ import torch
 from method_cases import config, demonstrations, go, lines, preferences, questions, reward_file, series, write_rows
 from tether.algorithms import ALGORITHMS
 from tether.core.batches import PolicyBatch
+from tether.core.errors import UserError
 from tether.core.text import Message, Prompt
 from tether.data.chat import ChatTokenizer
 from tether.data.groups import tokenise
@@ -228,6 +229,15 @@ def test_a_dry_run_of_rl_writes_nothing(tiny_model_folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert not (tmp_path / "r").exists()
     assert "grpo: 5 steps of 2 prompts × 8 completions = 16 rollouts" in shown and "<|im_start|>assistant" in shown
+
+
+def test_answers_that_may_exceed_the_token_budget_are_named_before_the_run(tiny_model_folder, tmp_path):
+    made = config(
+        "rl", tiny_model_folder, questions(tmp_path), tmp_path / "r", reward="target_length",
+        sampling={"max_new_tokens": 50}, optim={"tokens_per_micro_batch": 50, "oversize": "refuse"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"8 of 8 prompts, with answers of sampling.max_new_tokens=50, have more"):
+        go(made, dry_run=True)
 
 
 def test_a_row_of_the_table_is_changed_by_overrides():

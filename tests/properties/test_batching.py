@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tether.core.batches import Batch, Group, PreferenceBatch, RankingBatch
 from tether.core.errors import UserError
-from tether.data.batching import OptimizerBatches, micro_batches
+from tether.data.batching import OptimizerBatches, check_budget, micro_batches
 
 
 def group(name: str, prompt: int, completions: list[int]) -> Group:
@@ -119,6 +120,18 @@ def test_small_groups_share_a_micro_batch():
 def test_a_unit_over_the_budget_runs_alone():
     batch = PreferenceBatch.from_groups(groups_of([(50, [50, 50]), (1, [1, 1]), (1, [1, 1])]))
     assert sorted(rows.tolist() for rows in micro_batches(batch, 10)) == [[0, 1], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_groups_over_the_budget_are_named_with_the_knob(refuse: bool):
+    sizes = [("a", 10), ("b", 31), ("c", 30), ("d", 40)]
+    assert check_budget(sizes, 40, what="groups", refuse=refuse) is None
+    said = r"2 of 4 groups .* optim\.tokens_per_micro_batch=30; the longest, d, has 40"
+    if refuse:
+        with pytest.raises(UserError, match=said + r"\n(.|\n)*optim\.oversize=run"):
+            check_budget(sizes, 30, what="groups", refuse=True)
+    else:
+        assert re.match(said + ".*runs alone", check_budget(sizes, 30, what="groups", refuse=False) or "")
 
 
 @given(n=st.integers(1, 30), per_step=st.integers(1, 12), whole=st.integers(1, 3), seed=st.integers(0, 5))

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from model_cases import RAGGED, backbone, build
+import model_cases
+from model_cases import FAMILIES, RAGGED, backbone, build, one_by_one
+from tether.core.batches import pad_rows
 from tether.core.errors import UserError
 from tether.models.adapters import active, adapter_parameters, add_adapter, dropout_on, merged_state
+from tether.models.attention import NAME
 from tether.models.backbone import Backbone
 from tether.models.load import clone_frozen, fingerprint
 from tether.models.roles import ActorCritic, Policy, Scorer, new_head
@@ -179,3 +182,78 @@ def test_dropout_acts_inside_its_context_and_nowhere_else(ours: Backbone):
         torch.manual_seed(0)
         assert torch.equal(logprobs(ours, "policy"), first), "the global generator decides; a resumed run restores it"
     assert torch.equal(logprobs(ours, "policy"), still)
+
+
+def adapted_head(family: str, **options) -> tuple[Backbone, Policy]:
+    ours = backbone(family)
+    lora(ours, "policy", targets=("q_proj", "lm_head"), **options)
+    disturb(ours, "policy")
+    return ours, Policy(backbone=ours, adapter="policy", temperature=0.8)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "granite", "gemma2_untied"])
+def test_an_adapter_on_the_head_counts_and_learns(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Against peft's own forward of the whole model; Phi's head has a bias, Granite's is scaled, Gemma's is capped."""
+    untied = {"gemma2_untied": lambda: _untied(FAMILIES["gemma2"]())}
+    monkeypatch.setattr(model_cases, "FAMILIES", FAMILIES | untied)
+    ours, policy = adapted_head(family)
+    weights = torch.randn(RAGGED.tokens.shape, generator=torch.Generator().manual_seed(0))
+    parameters = adapter_parameters(ours.hf, "policy")
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    def gradients(logprobs: torch.Tensor, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
+        objective = ((logprobs + 0.3 * entropy) * weights).sum()
+        return dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
+
+    with active(ours.hf, "policy"):
+        ours.hf.set_attn_implementation("eager")
+        truth = one_by_one(ours.hf, RAGGED, temperature=0.8)
+        ours.hf.set_attn_implementation(NAME)
+        logprobs, entropy = pad_rows(truth.logprobs).float(), pad_rows(truth.entropy).float()
+        right = gradients(logprobs, entropy)
+    found = policy(RAGGED, entropy=True)
+    torch.testing.assert_close(found.logprobs, logprobs, atol=5e-5, rtol=5e-5)
+    torch.testing.assert_close(found.entropy, entropy, atol=5e-5, rtol=5e-5)
+    assert sum("lm_head" in n for n in parameters) == 2
+    for name, grad in gradients(found.logprobs, found.entropy).items():
+        scale = float(right[name].abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(grad / scale, right[name] / scale, atol=2e-4, rtol=0, msg=name)
+    bare = Policy(backbone=ours, temperature=0.8)(RAGGED).logprobs
+    assert float((found.logprobs - bare).detach().abs().max()) > 0.1
+
+
+def _untied(config):
+    config.tie_word_embeddings = False
+    return config
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_head_is_sampled_from_merged_and_drops_out():
+    ours, policy = adapted_head("llama", dropout=0.5)
+    plain = build("llama")
+    plain.load_state_dict(merged_state(ours.hf, "policy"))
+    right = pad_rows(one_by_one(plain, RAGGED, temperature=0.8).logprobs).float()
+    torch.testing.assert_close(policy(RAGGED).logprobs, right, atol=5e-5, rtol=5e-5)
+    states = torch.randn(5, 32)
+    with active(ours.hf, "policy"):
+        torch.testing.assert_close(ours.logits(states), plain.lm_head(states), atol=5e-5, rtol=5e-5)
+    with active(ours.hf, None):
+        torch.testing.assert_close(ours.logits(states), build("llama").lm_head(states), atol=5e-5, rtol=5e-5)
+    head = [m for n, m in ours.hf.named_modules() if n == "lm_head"]
+    with dropout_on(head):
+        assert float((policy(RAGGED).logprobs - right).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "why"),
+    [
+        ("llama", "embed_tokens", "model.embed_tokens: it is an embedding"),
+        ("llama_tied", "lm_head", "lm_head: it is the head of this model, which is its embedding too"),
+        ("llama", "v_porj", "v_porj: no layer .*, did you mean v_proj"),
+    ],
+)
+def test_a_target_that_would_be_ignored_is_refused_by_name(family: str, target: str, why: str):
+    with pytest.raises(UserError, match=rf"LoRA can't be put on {why}(.|\n)*model\.lora\.targets"):
+        lora(backbone(family), "policy", targets=("q_proj", target))

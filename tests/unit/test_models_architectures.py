@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers as hf
 
-from model_cases import FAMILIES, RAGGED, UNPACKABLE, backbone, build, one_by_one, plain_twin, random_batch
+from model_cases import FAMILIES, RAGGED, SMALL, UNPACKABLE, backbone, build, one_by_one, plain_twin, random_batch
 from tether.core.batches import pad_rows
+from tether.core.errors import UserError
 from tether.models.backbone import Backbone
 from tether.models.roles import Policy, Scorer, new_head
 
@@ -31,7 +33,9 @@ def test_every_number_is_that_of_one_row_alone(family: str, mode: str):
     assert outputs.logprobs.shape == RAGGED.tokens.shape
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "mistral_window", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "deepseek_v3", "cohere2", "granite", "phi", "phi3_longrope", "llama_rope_dynamic"]
+)
 def test_packed_gradients_are_those_of_one_row_alone(family: str):
     ours = backbone(family)
     twin = plain_twin(ours.hf).requires_grad_(True)
@@ -65,6 +69,32 @@ def test_self_test_falls_back_says_so_once_and_the_numbers_are_right(family: str
     torch.testing.assert_close(outputs.logprobs, pad_rows(truth.logprobs).float(), **CLOSE)
 
 
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+@pytest.mark.parametrize("family", ["llama_rope_dynamic", "phi3_longrope"])
+def test_text_beyond_which_frequencies_change_is_refused(family: str, mode: str):
+    """A long row would change the numbers of the short ones beside it."""
+    ours = Policy(backbone=backbone(family, mode))
+    assert ours(random_batch((20, 3), [(0, 12), (1, 4)])).logprobs is not None
+    with pytest.raises(UserError, match=rf"{family}: .* 33 tokens; beyond 32(.|\n)*data.max_prompt_tokens"):
+        ours(random_batch((20, 3), [(0, 13), (1, 4)]))
+
+
+def test_a_window_that_the_attention_does_not_hear_of_shows_however_wide_it_is():
+    """This family builds its windows into the mask alone; no probe is as long as such a window."""
+    config = hf.PhimoeConfig(**SMALL, sliding_window=100, num_local_experts=2, num_experts_per_tok=1)
+    ours, said = Backbone(hf=hf.AutoModelForCausalLM.from_config(config), tokenizer=None, name="phimoe"), []
+    ours.self_test(said.append)
+    assert ours.mode == "padded" and len(said) == 1 and ours.config.sliding_window == 100
+
+
+def test_gradients_of_short_rows_beside_long_ones_in_a_window():
+    """Padding further than the window from the text sees nothing; that must not make gradients of NaN."""
+    model = build("mistral_window").double().requires_grad_(True)
+    ours = Backbone(hf=model, tokenizer=None, name="mistral", mode="padded")
+    Policy(backbone=ours)(random_batch((2,), [(0, 1), (0, 30)])).logprobs.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
 def test_a_completion_without_tokens_is_scored_at_its_prompt():
     ours = backbone("llama")
     batch = random_batch((3, 5), [(0, 0), (1, 0)])
@@ -79,10 +109,9 @@ def test_a_prompt_without_tokens_is_refused():
         Policy(backbone=backbone("llama"))(random_batch((0,), [(0, 3)]))
 
 
-def test_a_head_we_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from tether.core.errors import UserError
-
+@pytest.mark.parametrize("name", ["logit_scale", "softcap"])
+def test_a_head_we_do_not_know_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
     ours = backbone("llama")
-    monkeypatch.setattr(Backbone, "logit_scale", 1.5)
+    monkeypatch.setattr(Backbone, name, {"logit_scale": 1.001, "softcap": 30.0}[name])
     with pytest.raises(UserError, match="output head"):
         ours.self_test(silent)
