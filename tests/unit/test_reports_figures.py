@@ -57,8 +57,22 @@ def test_bars_have_the_length_of_their_value():
                           title="t", x_label="x", percent=True, limits=(0, 1), rule=0.5)  # fmt: skip
     widths = [float(w) for w in re.findall(r'<rect class="bar[^>]* width="([\d.]+)"', chart)]
     assert widths[1] == pytest.approx(2 * widths[0], abs=0.2) and "50 %" in chart and "a" * 15 + "…" in chart
+    assert chart.index('class="rule"') < chart.index(">50 %</text>", chart.index("<rect")), "no number is crossed out"
     below = svg.bar_chart([Bar(name="a", value=-2.0), Bar(name="b", value=float("nan"))], title="t", x_label="x")
     assert below.count("<rect") == 1 and 'width="-' not in below
+
+
+def test_the_bars_give_way_to_long_names():
+    def drawn(name: str) -> tuple[float, float]:
+        chart = svg.bar_chart([Bar(name=name, value=1.0)], title="t", x_label="x", names=25)
+        assert f">{name}</text>" in chart
+        end = re.search(r'<text class="name" x="([\d.]+)"', chart)
+        bar = re.search(r'<rect class="bar[^>]* x="([\d.]+)"', chart)
+        assert end and bar
+        return float(end[1]), float(bar[1])
+
+    short, long = drawn("a"), drawn("agreement with an opinion")
+    assert short == (110, 118) and long[0] >= 25 * 7.5 and long[1] - long[0] == pytest.approx(8, abs=0.11)
 
 
 def test_labels_of_near_points_do_not_hide_each_other():

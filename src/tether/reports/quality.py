@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN_SLICES = 24
 SHOWN_LEANINGS = 10
+NAMES = 25  # characters of a slice or feature
 
 
 def quality_report(
@@ -31,8 +32,9 @@ def quality_report(
 ) -> str:
     """One self-contained HTML page."""
     figures = [_accuracy(models, ensemble), _calibration(models), _gaps(models)]
-    for quality in models:
-        figures += [*_slices(quality), _leanings(quality)]
+    # Like beside like: figures of one height leave no holes in the page.
+    figures += [figure for quality in models for figure in _slices(quality)]
+    figures += [_leanings(quality) for quality in models]
     return render(
         "quality.html",
         data=data,
@@ -95,9 +97,15 @@ def _calibration(models: Sequence[ModelQuality]) -> Figure:
         "holds about as many pairs as the next.",
         columns=("", "ECE", "from", "to", "by chance up to", "Brier", "nll", "best temperature", "nll there"),
         rows=tuple(
-            (q.name, c.ece.estimate, c.ece.low, c.ece.high, c.by_chance, c.brier, c.nll, c.temperature, c.nll_scaled)
+            (
+                q.name,
+                *(f"{v:.3f}" for v in (ece.estimate, ece.low, ece.high, c.by_chance, c.brier, c.nll)),
+                svg.words(c.temperature),
+                f"{c.nll_scaled:.3f}",
+            )
             for q in models
             for c in [q.calibration]
+            for ece in [c.ece]
         ),
     )
 
@@ -141,6 +149,7 @@ def _slices(quality: ModelQuality) -> list[Figure]:
                 x_label="right",
                 percent=True,
                 rule=0.5,
+                names=NAMES,
             ),
             caption="" if len(shown) == len(quality.slices) else f"{len(shown)} of {len(quality.slices)} slices.",
             columns=("column", "value", "pairs", "model", "“longer wins”"),
@@ -151,7 +160,7 @@ def _slices(quality: ModelQuality) -> list[Figure]:
 
 def _leanings(quality: ModelQuality) -> Figure:
     shown = quality.leanings[:SHOWN_LEANINGS]
-    bars = [bar for one in shown for bar in (_bar(f"{one.feature}: score", one.model, 0), _bar("label", one.people, 1))]
+    bars = [bar for one in shown for bar in (_bar(one.feature, one.model, 0), _bar("label", one.people, 1))]
     return Figure(
         title=f"{quality.name}: what its scores lean on",
         image=svg.bar_chart(
@@ -161,14 +170,25 @@ def _leanings(quality: ModelQuality) -> Figure:
             percent=True,
             limits=(0.0, 1.0),
             rule=0.5,
+            names=NAMES,
         ),
         legend=("by score", "by label"),
         caption="Of the pairs whose two answers differ in it. Where the score goes further than the labels, a policy "
         "that is optimised against it goes further still.",
-        columns=("more of", "pairs", "by label", "by score", "correlation", "at equal length", "overdone"),
+        columns=(
+            "feature",
+            "the better answer has / is",
+            "pairs",
+            "by label",
+            "by score",
+            "correlation",
+            "at equal length",
+            "overdone",
+        ),
         rows=tuple(
             (
                 one.feature,
+                one.words,
                 percent(one.decides),
                 share(one.people),
                 share(one.model),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 290
+LETTER = 7.6  # width of a bold letter of a name, on average and amply
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 DASHES = ("", "6 4", "2 3", "8 3 2 3", "1 4", "10 4")
 
@@ -226,9 +227,13 @@ def bar_chart(
     percent: bool = False,
     limits: Sequence[float] = (0.0,),
     rule: float | None = None,
+    names: int = 16,
 ) -> str:
-    """Horizontal bars with intervals; ``rule``: a vertical reference line; ``limits``: values the axis must hold."""
-    row, left, right = 34, 118, 60
+    """Horizontal bars with intervals; ``rule``: a vertical reference line; ``limits``: values the axis must hold;
+    ``names``: characters of a name that are shown at most."""
+    row, right = 34, 60
+    shown = [shorten(bar.name, names) for bar in bars]
+    left = max(118.0, 14 + LETTER * max(map(len, shown), default=0))  # the bars give way to long names
     height = TOP + row * max(len(bars), 1) + BOTTOM
     ends = [v for b in bars for v in finite([b.value, b.low, b.high])]
     marks = ticks(*span(ends, [*limits, *([] if rule is None else [rule])]))
@@ -248,9 +253,10 @@ def bar_chart(
             _text("tick", at(value), bottom + 17, say(value), "middle"),
         ]
     start = at(min(max(0.0, marks[0]), marks[-1]))
+    values = []
     for i, bar in enumerate(bars):
         y, middle = TOP + row * i + 6, TOP + row * (i + 0.5)
-        out.append(_text("name", left - 8, middle + 4, shorten(bar.name), "end"))
+        out.append(_text("name", left - 8, middle + 4, shown[i], "end"))
         if not math.isfinite(bar.value):
             continue
         x1, x2 = sorted((start, at(bar.value)))
@@ -262,9 +268,10 @@ def bar_chart(
             out.append(_line("whisker", low, middle, high, middle))
             out += [_line("whisker", end, middle - 5, end, middle + 5) for end in (low, high)]
             tip = max(tip, high)
-        out.append(_text("value", tip + 6, middle + 4, say(bar.value), "start"))
+        values.append(_text("value", tip + 6, middle + 4, say(bar.value), "start"))
     if rule is not None:
         out.append(_line("rule", at(rule), TOP - 6, at(rule), bottom))
+    out += values  # over the rule, which would cross a number out
     out.append(_text("label", (left + WIDTH - right) / 2, height - 8, x_label, "middle"))
     return "".join([*out, "</svg>"])
 
