@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tether.config.build import build
-from tether.config.schema import RewardModelConfig, StepsConfig
+from tether.config.schema import DataConfig, RewardModelConfig, StepsConfig
 from tether.core.batches import (
     Batch,
     Group,
@@ -24,7 +24,9 @@ from tether.core.batches import (
 )
 from tether.core.errors import UserError
 from tether.core.protocols import Loss
-from tether.data.readers import Kind
+from tether.data.chat import ChatTokenizer
+from tether.data.groups import tokenise
+from tether.data.readers import Kind, read
 from tether.losses import REWARD, MultiHead, Outcome, Process, RankingLoss
 from tether.methods import ensembles, offline, parts
 from tether.models.backbone import Backbone
@@ -98,7 +100,7 @@ def run(
         by_length=config.stratify_lengths,
         check=lambda data: _check_data(loss, data),
         draw=(lambda data: _draw(config, data)) if config.bootstrap else None,
-        beside=lambda role, data: _scale(role, plan, data, config.optim.tokens_per_micro_batch),
+        beside=lambda role, data: _scale(role, plan, data, config, parts.speaker(quiet)),
     )
     return offline.run(config, method, resume=resume, dry_run=dry_run, quiet=quiet, data=data)
 
@@ -201,13 +203,36 @@ def _check_ties(loss: Loss, data: parts.Data) -> None:
             raise UserError(f"{group.id}: {error}") from error
 
 
-def _scale(role: Policy | Scorer, plan: Plan, data: parts.Data, tokens_per_micro_batch: int) -> Callable[[Path], None]:
-    """Measures the scale of the scores on completions nobody trained on, where there are any, and saves it."""
+def _scale(
+    role: Policy | Scorer, plan: Plan, data: parts.Data, config: RewardModelConfig, say: parts.Say
+) -> Callable[[Path], None]:
+    """Measures the scale of the scores and saves it: on ``scale_on``, or on completions nobody trained on, where there
+    are any."""
     several = isinstance(role, Scorer) and role.heads > 1
-    scores = (parts.head_scores_of if several else parts.scores_of)(role, tokens_per_micro_batch)
+    scores = (parts.head_scores_of if several else parts.scores_of)(role, config.optim.tokens_per_micro_batch)
+    answers = None if config.scale_on is None else _answers(config.scale_on, role, config.data, say)
 
     def save(folder: Path) -> None:
-        batch = plan.lay_out((data.held_out or data.train)[:SCALE_GROUPS])
+        batch = answers or plan.lay_out((data.held_out or data.train)[:SCALE_GROUPS])
         ScoreScale.of(scores(batch)).save(folder)
 
     return save
+
+
+def _answers(path: str, role: Policy | Scorer, data: DataConfig, say: parts.Say) -> Batch:
+    """Answers of an SFT file, as many as of pairs, from all parts of it: the scale has mean 0 where the policy begins
+    (Ouyang 2022, section 3.5)."""
+    rows = read(path, "demonstrations", max_bad_rows=data.max_bad_rows).records
+    count = min(len(rows), 2 * SCALE_GROUPS)
+    found = tokenise(
+        [rows[i * len(rows) // count] for i in range(count)],
+        ChatTokenizer(role.backbone.tokenizer),
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_completion_tokens=data.max_completion_tokens,
+        overlong=data.overlong,
+        last_turn_only=True,
+    )
+    say(f"scale_on: {path}: {len(found.groups)} of {len(rows)} answers")
+    for cause, count in found.counts.items():
+        say(f"  {count} × {cause}")
+    return Batch.from_groups(found.groups)
