@@ -267,6 +267,34 @@ def test_the_adapter_and_live_weights_are_sampled():
     same(bare.sample(PROMPTS, n=2, settings=LONG, seed=0), before)
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "target"),
+    [
+        ("gpt2", torch.float32, "c_attn"),
+        ("qwen2", torch.bfloat16, "q_proj"),
+        ("phi", torch.float32, "lm_head"),
+        ("phi", torch.bfloat16, "lm_head"),
+    ],
+)
+@torch.no_grad()
+def test_an_adapter_is_sampled_from_however_its_layer_is_computed(family: str, dtype: torch.dtype, target: str):
+    """Enough tokens for weights to be packed, on layers that can be and layers that can't."""
+    ours = backbone(family)
+    ours.hf.to(dtype)
+    add_adapter(ours.hf, "policy", rank=2, alpha=4.0, targets=(target,))
+    for i, parameter in enumerate(adapter_parameters(ours.hf, "policy").values()):
+        parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    rollouts = sampler(policy := Policy(backbone=ours, adapter="policy")).sample(
+        PROMPTS, n=2, settings=replace(LONG, max_new_tokens=20), seed=0
+    )
+    gaps = [torch.zeros(0), torch.zeros(0)]
+    for i, adapter in enumerate(("policy", None)):
+        scored = replace(policy, adapter=adapter)(rollout_batch(rollouts)).logprobs
+        rows = zip(rollouts, scored, strict=True)
+        gaps[i] = torch.cat([(r.logprobs - row[: len(r.tokens)]).abs() for r, row in rows])
+    assert float(gaps[0].mean()) < (1e-4 if dtype == torch.float32 else 0.05) < 0.1 < float(gaps[1].mean())
+
+
 def nucleus(probs: list[float], top_p: float, top_k: int) -> list[float]:
     """The reference: sort, keep, renormalise, in plain Python."""
     order = sorted(range(len(probs)), key=lambda i: -probs[i])

@@ -144,6 +144,11 @@ def dropout_on(models: Sequence[nn.Module]) -> Iterator[None]:
             module.eval()
 
 
+def adapted(model: nn.Module, name: str | None) -> list[nn.Module]:
+    """The layers under adapter ``name``."""
+    return [layer.base_layer for _, layer in _layers(model) if name in layer.lora_A] if name else []
+
+
 def folded(model: nn.Module, name: str | None) -> Callable[[nn.Linear], Tensor]:
     """The weight of a linear layer with adapter ``name`` folded in: W + (alpha / rank) · B A."""
     over = {layer.base_layer: layer for _, layer in _layers(model) if name in layer.lora_A} if name else {}

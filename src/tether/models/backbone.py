@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.models import attention, linear
-from tether.models.adapters import active, folded, low_rank
+from tether.models.adapters import active, adapted, folded, low_rank
 from tether.models.logprobs import token_logprobs
 from tether.models.packed import pack
 
@@ -159,8 +159,8 @@ class Backbone:
     @contextlib.contextmanager
     def decoding(self, adapter: str | None, steps: int) -> Iterator[None]:
         """For the sampler: the passes inside run under ``adapter``; for many ``steps`` of them from weights that are
-        packed once, the adapter folded in, where this CPU has such a thing."""
-        if linear.SERVES and steps >= PACKING_PAYS:
+        packed once, the adapter folded in, where this CPU has such a thing for every layer that is adapted."""
+        if linear.SERVES and steps >= PACKING_PAYS and all(linear.packs(m) for m in adapted(self.hf, adapter)):
             with active(self.hf, None), linear.packed_weights(self.hf, folded(self.hf, adapter)):
                 yield
         else:

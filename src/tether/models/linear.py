@@ -91,6 +91,11 @@ def use_fast_linear(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
+def packs(layer: nn.Module) -> bool:
+    """Whether ``packed_weights`` reaches a layer."""
+    return isinstance(layer, Linear) and _served(layer.weight)
+
+
 @contextmanager
 def packed_weights(
     model: nn.Module, weight_of: Callable[[Linear], Tensor] = lambda layer: layer.weight
@@ -101,7 +106,7 @@ def packed_weights(
 
     The weights must not change inside.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear) and _served(m.weight)]
+    layers = [m for m in model.modules() if isinstance(m, Linear) and packs(m)]
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight_of(layer).detach(), _ROWS)
