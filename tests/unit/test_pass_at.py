@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tether.core.text import Rollout
 from tether.methods.evaluate_pass import difference
 
 
-def measured(rows: list[list[float]], *ks: int) -> list[PassAt]:
+def measured(rows: Sequence[Sequence[float]], *ks: int) -> list[PassAt]:
     """Scores of each prompt's answers."""
     scores = torch.tensor([score for row in rows for score in row])
     return pass_at(scores, [group for group, row in enumerate(rows) for _ in row], ks)

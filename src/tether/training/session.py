@@ -78,6 +78,7 @@ class Session:
                     if at_start and not self.metrics.offset:
                         with self.split("evaluate"):
                             self._evaluate(0, at_start)
+                        self.progress.start_at(0)  # no part of a step's time
                     for step in range(start + 1, self.total_steps + 1):
                         self._one(step, one_step)
                         last = step == self.total_steps or self.enough
