@@ -68,7 +68,8 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         ceiling.ask("agree")
         # What a step needs, about; the two arms hold it at once.
         crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
-        return {**row, **_time(ours, theirs, ceiling, pairs, bench.say, warm_up=work.warm_up, rest=crowded)}
+        timed = _time(ours, theirs, ceiling, pairs, bench.say, warm_up=work.warm_up, rest=crowded)
+        return {**row, **timed, "void": _different_lengths(work, timed["drawn"])}
 
 
 def _passed_on(answer: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +82,13 @@ def _different_prompts(mine: dict[str, Any], other: dict[str, Any]) -> str:
     return "" if one == two else f"the prompts have {one} tokens on one side and {two} on the other"
 
 
+def _different_lengths(work: Work, drawn: list[float]) -> str:
+    """Both sides must have drawn all that they were asked for."""
+    wanted = work.spec.get("new_tokens")
+    wrong = [length for length in drawn if length != wanted]
+    return f"a completion has {wrong[0]:g} tokens instead of {wanted}" if wrong else ""
+
+
 def _time(
     ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say, *, warm_up: bool, rest: bool
 ) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def _time(
         for process in (ours, theirs):
             process.ask("step", rest=rest)
     times, loads, ceilings = [], [], []
-    peak = {"ours": 0, "theirs": 0}
+    peak, drawn = {"ours": 0, "theirs": 0}, []
     for number in range(pairs):
         before = machine.read_load(arms)
         order = [("ours", ours), ("theirs", theirs)]
@@ -100,10 +108,18 @@ def _time(
             answer = process.ask("step", rest=rest)
             taken[name] = answer["seconds"]
             peak[name] = max(peak[name], answer["peak"])
+            drawn += [answer["drawn"]] if "drawn" in answer else []
         loads.append(machine.other_load(before, machine.read_load(arms)))
         times.append((taken["ours"], taken["theirs"]))
         answer = ceiling.ask("step")
         ceilings.append((answer["flops"], answer["bandwidth"]))
         ratio = taken["theirs"] / taken["ours"]
         say(f"  pair {number + 1} of {pairs}: {taken['ours']:.2f} s, {taken['theirs']:.2f} s, ratio {ratio:.2f}")
-    return {"pairs": times, "peak": peak, "ceilings": ceilings, "load": loads, "gave_memory_back": rest}
+    return {
+        "pairs": times,
+        "peak": peak,
+        "ceilings": ceilings,
+        "load": loads,
+        "drawn": drawn,
+        "gave_memory_back": rest,
+    }

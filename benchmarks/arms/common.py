@@ -70,6 +70,7 @@ class Conversation:
         self._started = time.perf_counter()
 
     def end_step(self, **more: Any) -> None:
+        """``drawn``: tokens of a mean completion, where the step has drawn some."""
         seconds = time.perf_counter() - self._started
         peak = peak_memory()
         if self._command.get("rest"):

@@ -60,8 +60,8 @@ class Sampling(Plain):
     def steps(self, conversation: Conversation) -> None:
         while True:
             conversation.begin_step()
-            self.generate(self.work["new_tokens"])
-            conversation.end_step()
+            tokens = self.generate(self.work["new_tokens"])
+            conversation.end_step(drawn=tokens.shape[1])
 
 
 class Scorer(nn.Module):
@@ -138,7 +138,7 @@ class PPO(Plain):
                 nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-            conversation.end_step()
+            conversation.end_step(drawn=tokens.shape[1])
 
 
 if __name__ == "__main__":

@@ -68,9 +68,17 @@ class TimedSession(Session):
 
     def _one(self, step: int, one_step: Callable[[int], Mapping[str, float]]) -> None:
         assert self.conversation is not None
+        drawn: dict[str, float] = {}
+
+        def watched(step: int) -> Mapping[str, float]:
+            numbers = one_step(step)
+            if "rollout/length" in numbers:
+                drawn["drawn"] = numbers["rollout/length"]
+            return numbers
+
         self.conversation.begin_step()
-        super()._one(step, one_step)
-        self.conversation.end_step()
+        super()._one(step, watched)
+        self.conversation.end_step(**drawn)
 
 
 class Always(Sequence[Sequence[Group]]):
@@ -303,8 +311,8 @@ class Sampling:
     def steps(self, conversation: Conversation) -> None:
         for seed in range(ENDLESS):
             conversation.begin_step()
-            self.draw(self.work["new_tokens"], seed)
-            conversation.end_step()
+            rollouts = self.draw(self.work["new_tokens"], seed)
+            conversation.end_step(drawn=sum(len(r.tokens) for r in rollouts) / len(rollouts))
 
 
 KINDS = {"sft": Offline, "reward": Offline, "dpo": Offline, "grpo": Online, "ppo": Online, "sampling": Sampling}

@@ -52,8 +52,8 @@ ENDLESS = 10**7
 class Paced(TrainerCallback):
     """Holds the trainer between its steps until the next one is asked for."""
 
-    def __init__(self, conversation: Conversation) -> None:
-        self.conversation, self.waiting = conversation, True
+    def __init__(self, conversation: Conversation, metrics: Mapping[str, list[float]]) -> None:
+        self.conversation, self.metrics, self.waiting = conversation, metrics, True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.waiting:  # the first step; later ones are asked for where the one before them ends
@@ -61,7 +61,8 @@ class Paced(TrainerCallback):
             self.waiting = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.conversation.end_step()
+        lengths = self.metrics.get("completions/mean_length")
+        self.conversation.end_step(**({"drawn": lengths[-1]} if lengths else {}))
         self.conversation.begin_step()
 
 
@@ -193,7 +194,7 @@ class Training:
         }
 
     def steps(self, conversation: Conversation) -> None:
-        self.trainer.add_callback(Paced(conversation))
+        self.trainer.add_callback(Paced(conversation, self.trainer._metrics["train"]))
         self.trainer.train()
         raise Closed
 

@@ -242,6 +242,18 @@ def test_an_arm_that_ends_says_why(tmp_path: Path):
         compare(fake_bench(tmp_path, seconds=-1.0), WORK, BEST, 1)
 
 
+def test_sides_that_draw_less_than_asked_are_void(tmp_path: Path):
+    start = fake_start(tmp_path)
+    script = tmp_path / "fake.py"
+    # The fakes' completions have 63 tokens on one side.
+    script.write_text(FAKE.replace('"peak": 10**9, "fl', '"drawn": 63 + (name == "tether_arm"), "peak": 10**9, "fl'))
+    short = Bench(start=start, model="", threads=3, say=lambda line: None, memory=10**12)
+    row = compare(short, works()["grpo-64"], BEST, 1)
+    assert row["void"] == "a completion has 63 tokens instead of 64"
+    # What is drawn is long: no step before the pairs.
+    assert diary(tmp_path, "step") == ["tether_arm", "trl_arm", "ceiling_arm"]
+
+
 def test_agreement_alone_is_asked_for_with_no_pairs(tmp_path: Path):
     row = compare(fake_bench(tmp_path), WORK, BEST, 0)
     assert "--pairs 0" in row["void"] and row["agreement"]["numbers"]["loss"] == 0
