@@ -184,10 +184,11 @@ def test_without_a_judge_nothing_is_said_of_one(tmp_path):
 
 
 def test_every_round_says_what_its_judge_was_asked(source, tiny_model_folder, tmp_path, capsys):
+    others = write_rows(tmp_path / "others.jsonl", [{"prompt": f"and {i}?"} for i in range(4)])
     made = METHODS["iterate"].model_validate(
         {
             "model": {"name": str(tiny_model_folder)},
-            "data": {"train": questions(tmp_path, 4), "eval": questions(tmp_path, 4)},
+            "data": {"train": questions(tmp_path, 4), "eval": others},
             "run": {"folder": str(tmp_path / "i"), "report": False},
             "sampling": {"max_new_tokens": 6}, "reward": {"type": "judge", "endpoint": ENDPOINT},
             "rounds": {"count": 1, "prompts": 4, "completions": 3}, "loss": {"type": "dpo"}, "prompts_per_step": 2,
@@ -196,7 +197,7 @@ def test_every_round_says_what_its_judge_was_asked(source, tiny_model_folder, tm
     )  # fmt: skip
     out = iterate.run(made)
     trained, held_out = rows_of(out), rows_of(out, "eval")
-    assert len(trained) == len(held_out) == 2
+    assert len(trained) == len(held_out) == 2 and held_out[0]["judge/requests"] > 0
     assert added([*trained, *held_out])["judge/requests"] == len(source)
     assert [r["judge/unparsed"] for r in trained] == [
         row["values"]["reward/dropped"] for row in lines(out / "metrics.jsonl") if row["split"] == "train"
