@@ -142,7 +142,7 @@ def truth_of(model, head: nn.Linear, batch: Batch) -> list[Tensor]:
 
 
 @given(configs(), batches())
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_one_answer_and_one_gradient_for_every_layout(config, batch: Batch):
     model = build(config)
     plain, head = plain_twin(model), role(model, "padded").critic.head
@@ -160,7 +160,7 @@ def test_one_answer_and_one_gradient_for_every_layout(config, batch: Batch):
 
 
 @given(configs(), batches(), st.integers(1, 70))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_gradients_do_not_depend_on_the_token_budget(config, batch: Batch, budget: int):
     model = build(config)
     whole, parts = role(model, "packed"), role(model, "packed")
@@ -179,7 +179,7 @@ def test_gradients_do_not_depend_on_the_token_budget(config, batch: Batch, budge
 
 
 @given(configs())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_the_self_test_keeps_them_packed(config):
     def silent(text: str) -> None:
         raise AssertionError(f"nothing to say, but said: {text}")

@@ -124,7 +124,7 @@ class Backbone:
         """Prompt and completion of each row joined and padded on the right: slower, and right for any causal model.
 
         No mask is needed: what comes before never sees the padding. With one, padding that is further than a sliding
-        window from the text would see nothing at all, and have gradients that are not numbers.
+        window from the text would see nothing at all, which not every attention function answers with numbers.
         """
         rows = [
             torch.cat([batch.prompts[p], batch.tokens[i, :n]])
