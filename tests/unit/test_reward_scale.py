@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -10,8 +11,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from method_cases import config, preferences, write_rows
+from tether.config.schema import ModelConfig
 from tether.core.errors import DataError, UserError
+from tether.core.text import Prompt
 from tether.methods import reward
+from tether.methods.choose_candidates import TextOnly
+from tether.methods.judges import open_reward
+from tether.rewards.model import ScoreScale
+from verifier_cases import rollout
 
 
 def answers(count: int) -> list[dict]:
@@ -88,3 +95,27 @@ def test_what_no_scale_can_be_measured_on_is_said_before_training(tiny_model_fol
     asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}])
     with pytest.raises(DataError, match=r"asked\.jsonl"):
         trained(tiny_model_folder, tmp_path, scale_on=asked, run={"folder": str(tmp_path / "r2")})
+
+
+@pytest.mark.parametrize("loss", ["process", "outcome"])
+def test_models_of_steps_and_outcomes_are_measured_as_they_will_be_read(loss, tiny_model_folder, tmp_path):
+    """The scale is of the scores that a policy's completions will get, whatever the loss reads them off."""
+    rows = {
+        "process": [
+            {"prompt": f"{i}?", "completions": ["the cat", "sat"], "labels": [True, i % 2 == 0]} for i in range(8)
+        ],
+        "outcome": [{"prompt": f"{i}?", "completion": "the cat sat", "label": i % 2 == 0} for i in range(8)],
+    }[loss]
+    answered = [{"prompt": f"{i}?", "completion": "the cat\n\nsat " + "on " * i} for i in range(5)]
+    made = config(
+        "reward", tiny_model_folder, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "r", prompts_per_step=8,
+        loss={"type": loss}, scale_on=write_rows(tmp_path / "sft.jsonl", answered),
+    )  # fmt: skip
+    out = reward.run(made, quiet=True) / "final"
+    found = ScoreScale.load(out)
+    assert found is not None and found.completions == 5
+    judge, _ = open_reward(str(out), TextOnly(), ModelConfig(), 4096, lambda text: None)
+    asked = [Prompt(id=str(i), text=row["prompt"]) for i, row in enumerate(answered)]
+    scores = judge([replace(rollout(r["completion"]), prompt=p) for r, p in zip(answered, asked, strict=True)]).total
+    assert found.mean == pytest.approx(float(scores.double().mean()), abs=1e-5)
+    assert found.std == pytest.approx(float(scores.double().std(correction=0)), rel=1e-3)
