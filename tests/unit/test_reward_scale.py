@@ -106,7 +106,7 @@ def test_models_of_steps_and_outcomes_are_measured_as_they_will_be_read(loss, ti
         ],
         "outcome": [{"prompt": f"{i}?", "completion": "the cat sat", "label": i % 2 == 0} for i in range(8)],
     }[loss]
-    answered = [{"prompt": f"{i}?", "completion": "the cat\n\nsat " + "on " * i} for i in range(5)]
+    answered = [{"prompt": f"{i}?", "completion": "the cat\n\nsat " + "on " * i + "\n\nit."} for i in range(5)]
     made = config(
         "reward", tiny_model_folder, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "r", prompts_per_step=8,
         loss={"type": loss}, scale_on=write_rows(tmp_path / "sft.jsonl", answered),

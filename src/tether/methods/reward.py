@@ -24,8 +24,9 @@ from tether.core.batches import (
 )
 from tether.core.errors import UserError
 from tether.core.protocols import Loss
+from tether.core.text import Demonstration, Prompt
 from tether.data.chat import ChatTokenizer
-from tether.data.groups import tokenise
+from tether.data.groups import step_group, tokenise
 from tether.data.readers import Kind, read
 from tether.losses import REWARD, MultiHead, Outcome, Process, RankingLoss
 from tether.methods import ensembles, offline, parts
@@ -224,9 +225,10 @@ def _answers(path: str, role: Policy | Scorer, data: DataConfig, say: parts.Say)
     (Ouyang 2022, section 3.5)."""
     rows = read(path, "demonstrations", max_bad_rows=data.max_bad_rows).records
     count = min(len(rows), 2 * SCALE_GROUPS)
+    chat = ChatTokenizer(role.backbone.tokenizer)
     found = tokenise(
         [rows[i * len(rows) // count] for i in range(count)],
-        ChatTokenizer(role.backbone.tokenizer),
+        chat,
         max_prompt_tokens=data.max_prompt_tokens,
         max_completion_tokens=data.max_completion_tokens,
         overlong=data.overlong,
@@ -235,4 +237,16 @@ def _answers(path: str, role: Policy | Scorer, data: DataConfig, say: parts.Say)
     say(f"scale_on: {path}: {len(found.groups)} of {len(rows)} answers")
     for cause, count in found.counts.items():
         say(f"  {count} × {cause}")
-    return Batch.from_groups(found.groups)
+    separator = role.reading.separator if isinstance(role, Scorer) else None
+    if separator is None:
+        return Batch.from_groups(found.groups)
+    texts = [_last_turn(r) for r in found.records if isinstance(r, Demonstration)]
+    return Batch.from_groups([step_group(chat, prompt, text, separator) for prompt, text in texts])
+
+
+def _last_turn(record: Demonstration) -> tuple[Prompt, str]:
+    """What the assistant said last, and what it answered."""
+    if not record.messages:
+        return Prompt(id=record.id, text=record.prompt), record.completion
+    last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+    return Prompt(id=record.id, messages=record.messages[:last]), record.messages[last].content
