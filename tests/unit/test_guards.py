@@ -197,7 +197,7 @@ def made(
 
 
 def test_the_best_policy_is_kept_and_the_report_says_what_happened(tiny_model_folder, tmp_path) -> None:
-    out = go(made(tiny_model_folder, tmp_path, "r", guards={"kl_max": 1e-9}))
+    out = go(made(tiny_model_folder, tmp_path, "r", guards={"kl_max": 1e-3}))
     gold, proxy = series(out, "reward/gold", "eval"), series(out, "reward/proxy", "eval")
     assert len(gold) == 3 and proxy == pytest.approx([-g for g in gold])
     best = 2 * (gold.index(max(gold)) + 1)
@@ -224,7 +224,7 @@ def test_best_is_the_policy_of_its_step(friend, tiny_model_folder, tmp_path) -> 
 
 
 def test_a_run_that_was_killed_has_its_guards_back(tiny_model_folder, tmp_path, monkeypatch) -> None:
-    guards = {"kl_max": 1e-9, "length_ratio_max": 1.01, "distinct_min": 0.999, "patience": 3, "action": "stop"}
+    guards = {"kl_max": 1e-3, "length_ratio_max": 1.01, "distinct_min": 0.999, "patience": 3, "action": "stop"}
 
     def of(name: str) -> Any:
         return made(tiny_model_folder, tmp_path, name, guards=guards, run={"checkpoint_every": 2})
@@ -244,7 +244,7 @@ def test_a_run_that_was_killed_has_its_guards_back(tiny_model_folder, tmp_path, 
 
 
 def test_a_limit_on_the_kl_brings_its_own_reference(tiny_model_folder, tmp_path) -> None:
-    settings = {**RUN, "steps": 2, "overrides": {"kl_in_reward": 0.0}, "guards": {"kl_max": 1e-9, "patience": 1}}
+    settings = {**RUN, "steps": 2, "overrides": {"kl_in_reward": 0.0}, "guards": {"kl_max": 1e-3, "patience": 1}}
     files = questions(tmp_path)
     out = go(config("rl", tiny_model_folder, files, tmp_path / "r", reward="target_length", **settings))
     assert len(series(out, "kl/reference")) == 2 and series(out, "guard/kl_max") == [0.0, 1.0]
