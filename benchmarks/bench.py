@@ -109,9 +109,11 @@ def model_folder(name: str, folder: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def run_table(bench: Bench, options: argparse.Namespace, raw: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Every chosen row; each is kept as soon as it is known."""
-    known, how = works(), about(options)
+def run_table(
+    bench: Bench, options: argparse.Namespace, how: dict[str, Any], raw: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Every chosen row; each is kept as soon as it is known. ``how``: see ``about``."""
+    known = works()
     for name in chosen(options.only, list(known)):
         work = known[name]
         raw["rows"][name] = {**run_work(bench, work, options), "about": how}
@@ -188,6 +190,7 @@ def main(given: list[str] | None = None) -> int:
         options.note = refuse_when_busy(options.busy, machine.quiet())
         if options.note:
             say(f"note: {options.note}")
+        how = about(options)
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(
                 start=starter(options, folder),
@@ -197,13 +200,13 @@ def main(given: list[str] | None = None) -> int:
                 memory=machine.memory_total(),
             )
             if options.command == "table":
-                run_table(bench, options, raw, keep)
+                run_table(bench, options, how, raw, keep)
                 say("\n" + "\n".join(report.table(raw["rows"], list(works()))))
             elif options.command == "growth":
                 names = chosen(options.only, list(growth.CURVES))
-                growth.run(bench, names, raw["growth"], about(options), lambda n: model_folder(n, folder), keep)
+                growth.run(bench, names, raw["growth"], how, lambda n: model_folder(n, folder), keep)
             else:
-                raw["losses"] = {**growth.losses(bench), "about": about(options)}
+                raw["losses"] = {**growth.losses(bench), "about": how}
                 keep()
     except Refused as reason:
         print(reason, file=sys.stderr)
