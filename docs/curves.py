@@ -26,7 +26,8 @@ from tether.advantages import ADVANTAGES
 from tether.algorithms import ALGORITHMS
 from tether.backends.local.learner import evaluate
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import OptimConfig, RewardModelConfig, RLConfig
+from tether.config.schema import RewardModelConfig, RLConfig
+from tether.config.sections import OptimConfig
 from tether.core.batches import Batch, Group
 from tether.core.protocols import Loss, SamplingSettings
 from tether.core.text import Prompt

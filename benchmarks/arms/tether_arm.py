@@ -22,7 +22,7 @@ from benchmarks.arms.common import (
 from tether.algorithms import ALGORITHMS, Algorithm
 from tether.backends.local.learner import AdamWSettings, LocalLearner
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import OptimConfig
+from tether.config.sections import OptimConfig
 from tether.core.batches import Batch, Group, PolicyBatch, rollout_batch
 from tether.core.protocols import Loss, Reward, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout

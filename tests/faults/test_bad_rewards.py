@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from method_cases import config, go, lines, questions, reward_file, same_weights, series, unclocked
 from reward_cases import BROKEN, GOOD
 from tether.cli.main import app
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import NumericStop, RewardFailure, UserError
 from tether.core.text import Prompt, Rollout
 from tether.methods.judges import open_reward, open_rule

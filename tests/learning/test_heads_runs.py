@@ -24,7 +24,7 @@ from method_cases import (
     write_rows,
 )
 from tether.cli.main import app
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt

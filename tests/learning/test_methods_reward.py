@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from method_cases import WORDS, config, demonstrations, go, preferences, series, write_rows
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import DataError, UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt

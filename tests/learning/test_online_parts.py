@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from method_cases import Killed, config, demonstrations, go, kill_at, lines, questions, reward_file, series, write_rows
 from tether.advantages import MovingAverage
-from tether.config.schema import LoraConfig, ModelConfig, MovingReferenceConfig
+from tether.config.schema import MovingReferenceConfig
+from tether.config.sections import LoraConfig, ModelConfig
 from tether.core.batches import Batch, PolicyBatch
 from tether.core.errors import UserError
 from tether.core.text import Message, Prompt

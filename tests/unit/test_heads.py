@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from model_cases import RAGGED, backbone
 from tether.backends.local.learner import AdamWSettings, LocalLearner, evaluate
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.batches import Batch, Group, Outputs, PreferenceBatch, RankingBatch
 from tether.core.errors import UserError
 from tether.core.metrics import Mean, Spread, merge, values

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from conftest import build_model, build_tokenizer
 from method_cases import config, go, lines, questions, series, write_rows
 from tether.cli.main import app
-from tether.config.schema import METHODS, ModelConfig
+from tether.config.schema import METHODS
+from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Message, Prompt

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from tether.cli.main import app
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import DataError, UserError
 from tether.core.intervals import Interval
 from tether.data.audit import Comparison

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from method_cases import config, preferences, write_rows
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import DataError, UserError
 from tether.core.text import Prompt
 from tether.methods import reward

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from method_cases import reward_file
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.text import Message, Prompt, Rollout
 from tether.methods.judges import open_reward, open_rule

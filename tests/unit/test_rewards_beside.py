@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tether.algorithms import ALGORITHMS
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure
 from tether.core.protocols import Reward, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tether.config.schema import METHODS, Section
+from tether.config.schema import METHODS
+from tether.config.sections import Section
 from tether.config.suggest import describe, nearest_path, schema_paths
 from tether.config.yaml import (
     COMMAND_LINE,

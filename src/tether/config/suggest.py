@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from tether.config.schema import Section
+from tether.config.sections import Section
 
 # What other libraries call it.
 ALIASES = {

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tether.config.load import resolve_yaml
-from tether.config.schema import ChooseConfig, ModelConfig, SamplingConfig
+from tether.config.schema import ChooseConfig
+from tether.config.sections import ModelConfig, SamplingConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Reward
 from tether.core.text import Prompt

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import SamplingSettings
 from tether.evals.best_of_n import kl_bound

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import torch
 
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import GivenConfig, ModelConfig
+from tether.config.schema import GivenConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import DataError, RewardFailure
 from tether.core.protocols import Reward, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout

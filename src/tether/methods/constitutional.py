@@ -15,7 +15,8 @@ from typing import Any
 
 from tether.config.build import build
 from tether.config.load import resolve_yaml
-from tether.config.schema import ConstitutionalConfig, ModelConfig
+from tether.config.schema import ConstitutionalConfig
+from tether.config.sections import ModelConfig
 from tether.config.yaml import read as read_yaml
 from tether.core.errors import RewardFailure, UserError
 from tether.core.text import Message, Prompt

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
 from tether.core.protocols import Reward, SamplingSettings
 from tether.core.text import Prompt, Rollout

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.batches import Batch
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Message, Prompt, Rollout

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tether.config.build import build
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout

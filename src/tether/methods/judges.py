@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tether.config.build import build, find
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.config.yaml import override, show
 from tether.config.yaml import read as read_yaml
 from tether.core.errors import UserError, nearest

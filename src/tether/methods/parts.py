@@ -17,7 +17,7 @@ from torch import Tensor
 from tether.backends.local.ceiling import matmul_rate
 from tether.backends.local.learner import AdamWSettings, LocalLearner, evaluate
 from tether.config.load import resolve_yaml
-from tether.config.schema import DataConfig, LoraConfig, MethodConfig, ModelConfig, OptimConfig
+from tether.config.sections import DataConfig, LoraConfig, MethodConfig, ModelConfig, OptimConfig
 from tether.core.batches import Batch, Group, rollout_batch
 from tether.core.errors import UserError
 from tether.core.text import Rollout

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tether.config.schema import LoraConfig, ModelConfig, MovingReferenceConfig, ReferenceConfig
+from tether.config.schema import MovingReferenceConfig, ReferenceConfig
+from tether.config.sections import LoraConfig, ModelConfig
 from tether.core.batches import Batch, Group
 from tether.core.errors import UserError
 from tether.methods import parts

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tether.config.build import build
-from tether.config.schema import DataConfig, RewardModelConfig, StepsConfig
+from tether.config.schema import RewardModelConfig, StepsConfig
+from tether.config.sections import DataConfig
 from tether.core.batches import (
     Batch,
     Group,

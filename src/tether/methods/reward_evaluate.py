@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import UserError
 from tether.core.intervals import Interval
 from tether.evals.agreement import Agreement, Ensemble, agreements, ensemble

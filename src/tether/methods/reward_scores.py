@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.batches import Batch, Group
 from tether.core.errors import DataError, UserError
 from tether.core.text import Judgement, Preference, Prompt, Ranking

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Message, Prompt

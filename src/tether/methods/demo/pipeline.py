@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tether.backends.local.sampler import LocalSampler
-from tether.config.schema import ModelConfig
+from tether.config.sections import ModelConfig
 from tether.core.batches import Group
 from tether.core.errors import UserError
 from tether.core.text import Prompt, Rollout

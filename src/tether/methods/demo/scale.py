@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tether.config.schema import (
-    CriticConfig,
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PreferenceConfig,
-    RewardModelConfig,
-    RLConfig,
-    RunConfig,
-    SamplingConfig,
-)
+from tether.config.schema import CriticConfig, PreferenceConfig, RewardModelConfig, RLConfig
+from tether.config.sections import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, SamplingConfig
 
 MODEL = "smollm2-135m"
 # At 1.0 this model drifts into other languages; at 0.5 it speaks English.
