@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,8 @@ import tether
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy", "pydantic", "typer", "rich")
 FILES = ("pyyaml", "jinja2", "pyarrow", "gguf")
 GIB = 2**30
+# Rows and columns of the matrices that are multiplied to see how fast that goes.
+SIDE = 1024
 # The demo keeps three small models with their optimizer states, and a run folder.
 DEMO_MEMORY_GIB = 8
 DEMO_DISK_GIB = 5
@@ -78,6 +81,7 @@ def _processor() -> Iterator[Finding]:
         name="processor",
         found=f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and {capability}{has}",
     )
+    yield _products()
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)
@@ -163,3 +167,25 @@ def _hub() -> Finding:
     if offline:
         return Finding(name="hub", found=f"HF_HUB_OFFLINE is set: hub ids open from the local cache only{place}")
     return Finding(name="hub", found=f"HF_HUB_OFFLINE is not set: hub ids may be fetched{place}")
+
+
+def _products() -> Finding:
+    """How fast float32 matrix products are, and whose the linear layers use."""
+    import torch
+
+    from tether.models.linear import SERVES, product
+
+    def rate(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        """GFLOP/s, the best of a few."""
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            multiply(square, square)
+            times.append(time.perf_counter() - start)
+        return 2 * SIDE**3 / min(times) / 1e9
+
+    square = torch.ones(SIDE, SIDE)
+    found = f"{rate(torch.nn.functional.linear):.0f} GFLOP/s in float32 by PyTorch"
+    if SERVES:
+        found += f", {rate(product):.0f} by oneDNN, which linear layers use"
+    return Finding(name="products", found=found)
