@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tether.core.protocols import SamplingSettings
 
@@ -73,6 +73,14 @@ class OptimConfig(Section):
         default="run", description="a group with more tokens than that by itself: run it alone, or stop before the run"
     )
     nonfinite_limit: int = Field(default=3, ge=1, description="stop after this many non-finite steps in a row")
+    autocast: Literal["off", "auto", "bfloat16"] = Field(
+        default="off",
+        description="matrix products of training in bfloat16, weights in float32; auto: where a probe at the start "
+        "finds it over 1.1 times as fast, which another machine, or a busy one, may not",
+    )
+    checkpoint_activations: bool = Field(
+        default=False, description="hold each layer's input alone and run the layer again in the backward: less memory"
+    )
 
 
 class RunConfig(Section):
@@ -108,3 +116,12 @@ class MethodConfig(Section):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _rounds_once(self) -> Self:
+        if self.optim.autocast != "off" and self.model.dtype == "bfloat16":
+            raise ValueError(
+                f"optim.autocast={self.optim.autocast} would be ignored: with model.dtype=bfloat16 everything is in "
+                "bfloat16 already; take one of them out"
+            )
+        return self

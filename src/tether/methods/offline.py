@@ -84,6 +84,7 @@ def run(
         return Path(config.run.folder or ".")
     with parts.open_run(config, method.name, data.fingerprint, resume=resume) as folder:
         backbone = parts.open_backbone(config.model, say)
+        parts.settle_autocast(backbone, config.optim, folder, say)
         _keep_template(backbone, chat)
         role = method.role(backbone)
         prepare = method.prepare(role, data)

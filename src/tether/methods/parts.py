@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tether.backends.local.ceiling import matmul_rate
+from tether.backends.local.ceiling import bfloat16_gain, matmul_rate
 from tether.backends.local.learner import AdamWSettings, LocalLearner, evaluate
 from tether.config.load import resolve_yaml
 from tether.config.sections import DataConfig, LoraConfig, MethodConfig, ModelConfig, OptimConfig
@@ -26,6 +26,7 @@ from tether.data.groups import step_group, tokenise
 from tether.data.readers import Kind, read
 from tether.models.adapters import add_adapter
 from tether.models.backbone import Backbone
+from tether.models.checkpointing import checkpoint_activations
 from tether.models.load import (
     clone_frozen,
     fingerprint,
@@ -43,6 +44,8 @@ from tether.runs.storage import remove_folder, write_text
 from tether.training.schedule import learning_rate
 
 Say = Callable[[str], None]
+# How much faster bfloat16 must be before its coarser numbers are worth it.
+WORTH_ROUNDING = 1.1
 
 
 def speaker(quiet: bool) -> Say:
@@ -95,6 +98,7 @@ def frozen_reference(policy: Policy, name: str | None, model: ModelConfig, say: 
     its own, ``name``. Which one it is, with a fingerprint of its weights, is said."""
     if name is not None:
         backbone = open_backbone(model.model_copy(update={"name": name}), say)
+        backbone.autocast = policy.backbone.autocast
         if backbone.tokenizer.get_vocab() != policy.backbone.tokenizer.get_vocab():
             raise UserError(f"reference {name}: its vocabulary differs from that of {model.name}, so no KL is defined")
     elif policy.adapter is not None:
@@ -246,13 +250,33 @@ def open_learner(
         nonfinite_limit=optim.nonfinite_limit,
         factors=factors,
     )
+    if optim.checkpoint_activations:
+        for part in (role.policy, role.critic) if isinstance(role, ActorCritic) else (role,):
+            checkpoint_activations(part.backbone.hf)
     return LocalLearner(role, settings, tokens_per_micro_batch=optim.tokens_per_micro_batch)
+
+
+def settle_autocast(backbone: Backbone, optim: OptimConfig, folder: RunFolder, say: Say) -> None:
+    """Decide what type the matrix products of training are computed in, once for the whole run: a resumed one keeps
+    what its beginning chose, whatever the probe would say now."""
+    chosen = optim.autocast
+    if chosen == "auto":
+        mark = folder.file("autocast.json")
+        if folder.resumed and mark.exists():
+            chosen = json.loads(mark.read_text(encoding="utf-8"))["autocast"]
+            say(f"autocast: {chosen}, as when this run began")
+        else:
+            gain = bfloat16_gain(backbone.device, backbone.config.hidden_size)
+            chosen = "bfloat16" if gain > WORTH_ROUNDING else "off"
+            write_text(mark, json.dumps({"autocast": chosen, "gain": gain}))
+            say(f"autocast: {chosen}; training in bfloat16 would be {gain:.2g} times as fast as in float32 here")
+    backbone.autocast = torch.bfloat16 if chosen == "bfloat16" else None
 
 
 def machine_ceiling(role: Role) -> float:
     """FLOP/s that this machine's matrix products reach now, at the role's width and in the type it computes in."""
     backbone = role.policy.backbone if isinstance(role, ActorCritic) else role.backbone
-    return matmul_rate(backbone.device, backbone.dtype, backbone.config.hidden_size)
+    return matmul_rate(backbone.device, backbone.autocast or backbone.dtype, backbone.config.hidden_size)
 
 
 @contextmanager

@@ -98,6 +98,7 @@ def _train(
     """Open the models and run the loop."""
     say = parts.speaker(quiet)
     backbone = parts.open_backbone(config.model, say)
+    parts.settle_autocast(backbone, config.optim, folder, say)
     backbone.tokenizer.chat_template = chat.tokenizer.chat_template
     policy = Policy(
         backbone=backbone,

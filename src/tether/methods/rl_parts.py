@@ -345,6 +345,7 @@ def open_critic(config: RLConfig, policy: Policy, scorer: Scorer | None, say: pa
         name = config.critic.name or (config.reward if scorer is not None else config.model.name)
         of_reward_model = config.critic.name is None and scorer is not None
         backbone = parts.open_backbone(config.model.model_copy(update={"name": name}), say, scorer=of_reward_model)
+        backbone.autocast = policy.backbone.autocast
         adapter = parts.adapt(backbone, lora, "critic")
     say(f"critic: {kind}" + (f", from {backbone.name}" if kind == "separate" else ""))
     return Scorer(backbone=backbone, head=parts.new_head(backbone, zero=True), adapter=adapter)

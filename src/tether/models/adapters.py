@@ -7,8 +7,8 @@ makes the reference free.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -129,6 +129,32 @@ def active(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (disabled, names) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, names
+
+
+def as_now(model: nn.Module) -> AbstractContextManager[None]:
+    """A context, to be entered later and once, in which the adapters of ``model`` and their dropout stand as they do at
+    this moment: for what is computed a second time."""
+    steered = [(layer, layer._disable_adapters, list(layer._active_adapter)) for _, layer in _layers(model)]
+    dropouts = [(m, m.training) for layer, _, _ in steered for m in layer.lora_dropout.values()]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        before = [(layer, layer._disable_adapters, layer._active_adapter) for layer, _, _ in steered]
+        training = [(m, m.training) for m, _ in dropouts]
+        _stand(steered, dropouts)
+        try:
+            yield
+        finally:
+            _stand(before, training)
+
+    return again()
+
+
+def _stand(layers: Iterable[tuple[Any, bool, list[str]]], dropouts: Iterable[tuple[nn.Module, bool]]) -> None:
+    for layer, disabled, names in layers:
+        layer._disable_adapters, layer._active_adapter = disabled, names
+    for module, training in dropouts:
+        module.train(training)
 
 
 @contextmanager

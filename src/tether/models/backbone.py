@@ -50,6 +50,9 @@ class Backbone:
     name: str
     mode: Mode = "packed"
     notes: list[str] = field(default_factory=list)
+    # Type of the matrix products of ``hidden`` and ``head``, where it is another than that of the weights. The sampler
+    # keeps to the weights' own: a decode step waits for memory, and reading weights to round them takes longer.
+    autocast: torch.dtype | None = None
 
     @property
     def config(self) -> Any:
@@ -86,7 +89,8 @@ class Backbone:
         """One pass of the trunk over ``batch``."""
         if self._steady_rope is not None:
             self._check_length(batch, self._steady_rope)
-        with active(self.hf, adapter):
+        rounded = torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with active(self.hf, adapter), rounded:
             return self._packed(batch) if self.mode == "packed" else self._padded(batch)
 
     def _check_length(self, batch: Batch, limit: int) -> None:
@@ -144,11 +148,16 @@ class Backbone:
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [K] of ``targets`` [K] under the language-model head (and ``adapter`` on it)."""
         output = self.hf.get_output_embeddings()
+        states, weight, bias = hidden, output.weight, getattr(output, "bias", None)
+        if self.autocast is not None:
+            # Not by torch.autocast: our own backward computes the logits again, and it must round them as here.
+            states, weight = states.to(self.autocast), weight.to(self.autocast)
+            bias = None if bias is None else bias.to(self.autocast)
         return token_logprobs(
-            hidden,
-            output.weight,
+            states,
+            weight,
             targets,
-            bias=getattr(output, "bias", None),
+            bias=bias,
             low_rank=low_rank(output, adapter, hidden),
             temperature=temperature,
             logit_scale=self.logit_scale,

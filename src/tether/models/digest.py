@@ -34,6 +34,7 @@ def exact_digest(policy: Policy) -> str:
         "config": _settings(policy.backbone.hf.config.to_dict()),
         "temperature": policy.temperature,
         "layout": policy.backbone.mode,
+        "autocast": str(policy.backbone.autocast),
         "device": _device(policy.device),
         "matmul": torch.get_float32_matmul_precision(),
         "versions": [__version__, torch.__version__, transformers.__version__],

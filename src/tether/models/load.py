@@ -305,7 +305,7 @@ def _write(auto: Any, config: Any, state: dict[str, Tensor], backbone: Backbone,
 def clone_frozen(backbone: Backbone) -> Backbone:
     """A copy of the network with weights of its own, frozen: the reference of a fully trained policy."""
     hf = copy.deepcopy(backbone.hf).requires_grad_(False).eval()
-    return Backbone(hf=hf, tokenizer=backbone.tokenizer, name=backbone.name, mode=backbone.mode)
+    return replace(backbone, hf=hf)
 
 
 def fingerprint(policy: Policy) -> str:

@@ -63,7 +63,7 @@ EVERY: dict[str, Entry] = {
     "memory/peak_gib": Entry(
         "largest memory the process has held, in GiB",
         "flat after the first steps, and under the machine's memory",
-        "lower optim.tokens_per_micro_batch; then model.lora, which trains adapters only",
+        "lower optim.tokens_per_micro_batch; then optim.checkpoint_activations, or model.lora: adapters only",
     ),
     "memory/peak_gpu_gib": Entry(
         "most that tensors have held on the GPU, in GiB",
