@@ -4,6 +4,7 @@ make bench                                     the whole table
 make bench ARGS="--only dpo,grpo --pairs 7"    some rows of it; a name's beginning is enough
 make bench ARGS="growth"                       how cost grows with lengths, groups, batch and model
 make bench ARGS="losses"                       what each loss costs beside its step
+make bench ARGS="scoring"                      what a reward model costs beside its forward pass
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("table", "growth", "losses"), default="table")
+    parser.add_argument("command", nargs="?", choices=("table", "growth", "losses", "scoring"), default="table")
     parser.add_argument("--only", default="", metavar="NAMES", help="works (or curves of growth), commas between them")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each row (default 5; 0: agreement alone)")
     parser.add_argument(
@@ -174,7 +175,7 @@ def versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def main(given: list[str] | None = None) -> int:
     options = arguments(given)
-    raw: dict[str, Any] = {"rows": {}, "growth": {}, "losses": {}}
+    raw: dict[str, Any] = {"rows": {}, "growth": {}, "losses": {}, "scoring": {}}
     if RAW.exists() and not options.no_write:
         raw |= json.loads(RAW.read_text(encoding="utf-8"))
 
@@ -206,7 +207,8 @@ def main(given: list[str] | None = None) -> int:
                 names = chosen(options.only, list(growth.CURVES))
                 growth.run(bench, names, raw["growth"], how, lambda n: model_folder(n, folder), keep)
             else:
-                raw["losses"] = {**growth.losses(bench), "about": how}
+                measure = {"losses": growth.losses, "scoring": growth.scoring}[options.command]
+                raw[options.command] = {**measure(bench), "about": how}
                 keep()
     except Refused as reason:
         print(reason, file=sys.stderr)

@@ -143,3 +143,14 @@ def losses(bench: Bench) -> dict[str, Any]:
     if over:
         bench.say(f"over {found['limit']:.0%} of their step: {', '.join(over)}")
     return found
+
+
+def scoring(bench: Bench) -> dict[str, Any]:
+    """A reward model's time over that of the forward pass it needs."""
+    with ExitStack() as stack:
+        process, _ = bench.open(stack, "scoring_arm", groups(1, 1, 1, 1))
+        found = process.ask("agree")
+    bench.say(f"  {median(found['ratios']):.3f} of the packed forward pass alone ({found['seconds']:.1f} s)")
+    if median(found["ratios"]) > found["limit"]:
+        bench.say(f"over {found['limit']:.2f} of it")
+    return found

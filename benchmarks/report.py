@@ -39,6 +39,8 @@ def page(raw: Mapping[str, Any], order: Sequence[str]) -> str:
         lines += ["", "## How cost grows", "", *_growth(raw["growth"])]
     if raw["losses"]:
         lines += ["", "## What losses cost", "", *_losses(raw["losses"])]
+    if raw["scoring"]:
+        lines += ["", "## What scoring costs", "", *_scoring(raw["scoring"])]
     return "\n".join(lines) + "\n"
 
 
@@ -142,4 +144,12 @@ def _losses(found: Mapping[str, Any]) -> Iterator[str]:
     worst = sorted(found["shares"].items(), key=lambda item: -item[1])
     yield f"Loss and gradient by the outputs, as a share of {found['step']} ({found['seconds']:.2f} s):\n"
     yield ", ".join(f"{name} {100 * value:.2f} %" for name, value in worst) + ".\n"
+    yield from _about([found["about"]])
+
+
+def _scoring(found: Mapping[str, Any]) -> Iterator[str]:
+    ratios = ", ".join(f"{ratio:.3f}" for ratio in found["ratios"])
+    yield f"A reward model scores 1,000 completions of 100 prompts ({found['tokens']} tokens, prompts counted once) in"
+    yield f"**{median(found['ratios']):.2f}** times the packed forward pass alone ({found['seconds']:.1f} s)."
+    yield f"Pairs: {ratios}.\n"
     yield from _about([found["about"]])
