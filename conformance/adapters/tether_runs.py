@@ -21,6 +21,7 @@ from tether.core.batches import Batch, Outputs, PolicyBatch
 from tether.core.protocols import Scores
 from tether.core.text import Prompt, Rollout
 from tether.losses import POLICY
+from tether.runs.clock import Split
 from tether.training import online
 
 
@@ -69,7 +70,7 @@ def run_one_step(
     )
     session: Any = SimpleNamespace(
         learner=Learner(),
-        split=lambda name: contextlib.nullcontext(),
+        split=Split(),
         samples=SimpleNamespace(append=lambda *row: None),
         progress=SimpleNamespace(note=lambda text: None),
         total_steps=1,
