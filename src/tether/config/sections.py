@@ -68,7 +68,7 @@ class OptimConfig(Section):
     warmup: float = Field(default=0.1, ge=0, description="below 1: share of all steps; else a number of steps")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", description="after warm-up, down to 0")
     clip_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this global norm")
-    tokens_per_micro_batch: int = Field(default=4096, ge=1, description="tokens computed at once; bounds memory only")
+    tokens_per_micro_batch: int = Field(default=2048, ge=1, description="tokens computed at once; bounds memory only")
     oversize: Literal["run", "refuse"] = Field(
         default="run", description="a group with more tokens than that by itself: run it alone, or stop before the run"
     )
