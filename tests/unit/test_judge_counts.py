@@ -70,6 +70,9 @@ def test_a_meter_reads_what_came_since_it_was_last_read():
     assert meter() == {"a": 5, "b": 0, "c": 4}
     assert meter() == {"a": 0, "b": 0, "c": 0}
     assert added([{"a": 1.0}, {"b": 2.0}, {"a": 3.0}]) == {"a": 4, "b": 2}
+    twice = Meter([one, two, one])  # the reward of a run that is also its verifier
+    one.now = {"a": 10.0}
+    assert twice()["a"] == 3
 
 
 def test_a_sum_counts_for_what_it_is_made_of():

@@ -19,7 +19,8 @@ class Meter:
     """``meter()``: what ``rewards`` counted since it was last read, by metric."""
 
     def __init__(self, rewards: Iterable[object]) -> None:
-        self._rewards = [reward for reward in rewards if isinstance(reward, Counting)]
+        # Once each: the reward of a run may be its verifier, too.
+        self._rewards = list({id(reward): reward for reward in rewards if isinstance(reward, Counting)}.values())
         self._before = counted(self._rewards)
 
     def __call__(self) -> dict[str, float]:
