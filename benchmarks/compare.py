@@ -68,7 +68,7 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         ceiling.ask("agree")
         # What a step needs, about; the two arms hold it at once.
         crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
-        timed = _time(ours, theirs, ceiling, pairs, bench.say, warm_up=work.warm_up, rest=crowded)
+        timed = _time(ours, theirs, ceiling, pairs, bench.say, rest=crowded)
         return {**row, **timed, "void": _different_lengths(work, timed["drawn"])}
 
 
@@ -89,15 +89,12 @@ def _different_lengths(work: Work, drawn: list[float]) -> str:
     return f"a completion has {wrong[0]:g} tokens instead of {wanted}" if wrong else ""
 
 
-def _time(
-    ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say, *, warm_up: bool, rest: bool
-) -> dict[str, Any]:
+def _time(ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say, *, rest: bool) -> dict[str, Any]:
     """``pairs`` pairs; in every second one the rival goes first. The ceiling is measured between them. ``rest``: an arm
     gives its free memory back after each step."""
     arms = (ours.pid, theirs.pid, ceiling.pid)
-    if warm_up:
-        for process in (ours, theirs):
-            process.ask("step", rest=rest)
+    for process in (ours, theirs):  # a first step makes what later ones find
+        process.ask("step", rest=rest)
     times, loads, ceilings = [], [], []
     peak, drawn = {"ours": 0, "theirs": 0}, []
     for number in range(pairs):

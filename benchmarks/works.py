@@ -49,7 +49,6 @@ class Work:
     trained: int = 1
     scored: int = 0
     target: float | None = None
-    warm_up: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,11 @@ def token_counts(work: Work, prompt_tokens: Sequence[int]) -> Tokens:
 def operations(work: Work, tokens: Tokens, *, trunk: int, head: int) -> float:
     """Floating-point operations that the useful tokens need: 2 a parameter and token forward, 4 more backward; the head
     on completion tokens alone. Attention's own products, a few per cent here, are not counted."""
-    heads = 0 if work.kind == "reward" else tokens.completion * head
-    one_pass = 2.0 * (tokens.useful * trunk + heads)
     # Drawing is a forward pass as well; PPO trains and scores with two networks of one size.
     passes = 3 * work.trained + work.scored + (1 if tokens.decoded else 0)
-    return one_pass * passes
+    # Of PPO's networks, critic and reward model have no such head: half of what is trained and scored.
+    headless = {"reward": passes, "ppo": (3 * work.trained + work.scored) // 2}.get(work.kind, 0)
+    return 2.0 * (passes * tokens.useful * trunk + (passes - headless) * tokens.completion * head)
 
 
 def ids(generator: random.Random, count: int) -> list[int]:
@@ -146,7 +145,6 @@ def grpo(name: str, prompts: int, group: int, prompt: int, new_tokens: int, targ
             "advantages": [(i % 5) - 1.5 for i in range(prompts * group)],
         },
         target=target,
-        warm_up=False,
     )
 
 
@@ -169,7 +167,6 @@ def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: 
         # Reward model, reference, and policy and critic before the update.
         scored=4,
         target=target,
-        warm_up=False,
     )
 
 

@@ -76,6 +76,7 @@ class Conversation:
         if self._command.get("rest"):
             release_memory()
         self.say(seconds=seconds, peak=peak, **more)
+        reset_peak_memory()
 
 
 def serve(open_work: Callable[[dict[str, Any]], Arm]) -> None:

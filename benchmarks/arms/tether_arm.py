@@ -233,8 +233,10 @@ class Online(Training):
         return replace(ALGORITHMS["grpo"], loss=PPOClip(average="sequence"))
 
     def _job(self, reference: FixedReference | None, reward: Reward) -> online.OnlineJob:
+        algorithm = self.algorithm()
         return online.OnlineJob(
-            algorithm=self.algorithm(),
+            algorithm=algorithm,
+            old_logprobs="learner" if "critic" in algorithm.needs else "sampler",
             group_size=self.work["group"],
             prompts=lambda first, count: self.prompts,
             prompts_per_step=len(self.prompts),

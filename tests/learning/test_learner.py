@@ -138,11 +138,13 @@ def test_a_batch_that_counts_nothing_adds_nothing():
     assert not any(g.any() for g in gradients(ours).values()) and ours.tokens_seen == 0
 
 
-def test_tokens_seen_counts_the_prompts_of_every_micro_batch_once():
+@pytest.mark.parametrize("budget", [12, 10_000])
+def test_tokens_seen_counts_every_prompt_once_however_the_batch_is_cut(budget: int):
     ours = learner(Policy(backbone=backbone("llama")))
+    ours.tokens_per_micro_batch = budget
     ours.forward_backward(RAGGED, CrossEntropy())
     used = [len(RAGGED.prompts[p]) for p in set(RAGGED.prompt_of.tolist())]
-    assert ours.tokens_seen == sum(used) + int(RAGGED.lengths.sum()) == packed_tokens(RAGGED) - 3
+    assert ours.tokens_seen == sum(used) + int(RAGGED.lengths.sum()) == packed_tokens(RAGGED)
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6], ids=["clipped", "free"])

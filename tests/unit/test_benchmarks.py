@@ -250,8 +250,7 @@ def test_sides_that_draw_less_than_asked_are_void(tmp_path: Path):
     short = Bench(start=start, model="", threads=3, say=lambda line: None, memory=10**12)
     row = compare(short, works()["grpo-64"], BEST, 1)
     assert row["void"] == "a completion has 63 tokens instead of 64"
-    # What is drawn is long: no step before the pairs.
-    assert diary(tmp_path, "step") == ["tether_arm", "trl_arm", "ceiling_arm"]
+    assert diary(tmp_path, "step") == ["tether_arm", "trl_arm", "tether_arm", "trl_arm", "ceiling_arm"]
 
 
 def test_agreement_alone_is_asked_for_with_no_pairs(tmp_path: Path):

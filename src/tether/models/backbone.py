@@ -168,8 +168,10 @@ class Backbone:
     @contextlib.contextmanager
     def decoding(self, adapter: str | None, steps: int) -> Iterator[None]:
         """For the sampler: the passes inside run under ``adapter``; for many ``steps`` of them from weights that are
-        packed once, the adapter folded in, where this CPU has such a thing for every layer that is adapted."""
-        if linear.SERVES and steps >= PACKING_PAYS and all(linear.packs(m) for m in adapted(self.hf, adapter)):
+        packed once, the adapter folded in, where this CPU has such a thing for every layer that is adapted, and the
+        memory for it."""
+        packs = linear.SERVES and steps >= PACKING_PAYS and linear.packing_fits(self.hf)
+        if packs and all(linear.packs(m) for m in adapted(self.hf, adapter)):
             with active(self.hf, None), linear.packed_weights(self.hf, folded(self.hf, adapter)):
                 yield
         else:

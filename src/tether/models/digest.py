@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tether import __version__
+from tether.core.machine import processor
+from tether.models import linear
 from tether.models.adapters import merged_state
 from tether.models.roles import Policy
 
@@ -62,4 +64,5 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _device(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["cuda", torch.cuda.get_device_name(device)]
-    return [device.type, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+    # Libraries choose their kernels by the make of the processor, too.
+    return [device.type, processor(), str(linear.SERVES), str(torch.get_num_threads())]

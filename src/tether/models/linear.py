@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tether.core.machine import memory_bytes
+
 # What packing is laid out for; one layout serves every number of rows about as well.
 _ROWS = 16
 
@@ -53,17 +55,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
+        # As PyTorch's own does: what no gradient needs is not kept.
+        need_x, need_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         return _onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        flat, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
         return (
             product(grad, weight.t()) if need_x else None,
-            product(flat.t(), rows.t()) if need_weight else None,
+            product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None,
             flat.sum(dim=0) if need_bias else None,
         )
 
@@ -96,6 +100,13 @@ def packs(layer: nn.Module) -> bool:
     return isinstance(layer, Linear) and _served(layer.weight)
 
 
+def packing_fits(model: nn.Module) -> bool:
+    """Whether packed copies of the weights take at most a quarter of this machine's memory: a rule that a resumed run
+    finds unchanged, unlike the memory that happens to be free."""
+    size = sum(m.weight.numel() * m.weight.element_size() for m in model.modules() if isinstance(m, Linear))
+    return 4 * size <= (memory_bytes() or 0)
+
+
 @contextmanager
 def packed_weights(
     model: nn.Module, weight_of: Callable[[Linear], Tensor] = lambda layer: layer.weight
@@ -104,9 +115,11 @@ def packed_weights(
     time for a few rows, for as much memory again as the weights take. ``weight_of``: the weight [o, i] that a layer is
     to have inside.
 
-    The weights must not change inside.
+    The weights must not change inside, and nothing else may run the model.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear) and packs(m)]
+    if any(layer.packed is not None for layer in layers):
+        raise RuntimeError("this model's weights are packed already: it is being sampled from; wait until that is done")
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight_of(layer).detach(), _ROWS)

@@ -95,6 +95,10 @@ class OnlineJob:
         given = ALWAYS | {name for name, part in parts.items() if part is not None}
         if missing := sorted(self.algorithm.needs - given):
             raise UserError(f"{self.algorithm.name} needs {', '.join(missing)}, and none was given")
+        if self.old_logprobs == "sampler" and (compared := self.algorithm.needs & {"critic", "sampler_logprobs"}):
+            raise UserError(
+                f"{self.algorithm.name} needs {', '.join(sorted(compared))}, so old_logprobs must be the learner's"
+            )
         if self.guards is not None and self.guards.kl_max is not None and self.reference is None:
             raise UserError("guards.kl_max needs a reference, and none was given")
         if "history" in self.algorithm.needs and not callable(getattr(self.algorithm.advantage, "next", None)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tether.core.errors import Interrupted
 from tether.core.protocols import Learner
@@ -140,7 +141,7 @@ class Session:
             self.save_model(path / "model")
             self.learner.save(path / "learner")
             self.save_more(path)
-            save_file({"torch": torch.get_rng_state()}, path / "rng.safetensors")
+            save_file(random_states(), path / "rng.safetensors")
 
         with self.split("save"):
             state = {"offsets": offsets([self.metrics, self.samples]), "loop": self.state()}
@@ -164,7 +165,7 @@ class Session:
             self.progress.note("no checkpoint in this run yet: starting from its first step")
             return 0
         self.learner.load(found.path / "learner")
-        torch.set_rng_state(load_file(found.path / "rng.safetensors")["torch"])
+        set_random_states(load_file(found.path / "rng.safetensors"))
         self.load_more(found.path)
         self.restore(found.state["loop"])
         self.progress.say(f"going on from {found.path}")
@@ -198,3 +199,17 @@ def step_0(metrics: Path) -> int:
     """Bytes of the rows of step 0, which come first: they speak of the start, and hold however often the run begins."""
     rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     return sum(map(len, takewhile(lambda row: row.startswith(b'{"step": 0,') and row.endswith(b"\n"), rows)))
+
+
+def random_states() -> dict[str, Tensor]:
+    """Torch's generators, of the processor and of every GPU in use."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"torch": torch.get_rng_state(), **{f"cuda:{i}": state for i, state in enumerate(devices)}}
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Put back what ``random_states`` gave."""
+    torch.set_rng_state(states["torch"])
+    for name, state in states.items():
+        if name.startswith("cuda:"):
+            torch.cuda.set_rng_state(state, name)

@@ -89,10 +89,11 @@ class LocalLearner:
                 self._nonfinite_loss = True
                 continue
             (total * (weight / count)).backward()
-            self.tokens_seen += packed_tokens(part)
-            if self.work is not None:
-                self.flops_seen += self.work.of(packed_tokens(part), int(part.lengths.sum()))
             parts.append({"loss": Mean(float(total.detach()), output.loss.count), **output.metrics})
+        # A prompt that several micro-batches computed was of use once.
+        self.tokens_seen += packed_tokens(batch)
+        if self.work is not None:
+            self.flops_seen += self.work.of(packed_tokens(batch), int(batch.lengths.sum()))
         return merge(parts)
 
     def optim_step(self) -> dict[str, float]:
@@ -151,7 +152,7 @@ class LocalLearner:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight.{name}"])
                 state = {
-                    key: tensors[f"{key}.{name}"]
+                    key: tensors[f"{key}.{name}"].to(parameter.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }
@@ -184,5 +185,5 @@ def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: 
 
 
 def packed_tokens(batch: Batch) -> int:
-    """Useful tokens: every prompt once and every completion."""
-    return sum(len(p) for p in batch.prompts) + int(batch.lengths.sum())
+    """Useful tokens: every prompt that has completions once, and every completion."""
+    return sum(len(batch.prompts[p]) for p in set(batch.prompt_of.tolist())) + int(batch.lengths.sum())
