@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tether.core.batches import Group
+from tether.core.batches import Batch, Group
 from tether.core.errors import DataError
 from tether.core.text import Demonstration, Judgement, Preference, Prompt, Ranking, StepLabels
 from tether.data.chat import ChatTokenizer
@@ -136,6 +136,15 @@ def ends_in_tokens(chat: ChatTokenizer, prompt: Prompt, text: str, ends: Sequenc
     mask = torch.zeros(len(group.completions[0]), dtype=torch.bool)
     mask[slots] = True
     return replace(group, loss_masks=(mask,)), slots
+
+
+def share_prompts(groups: Sequence[Group]) -> Batch:
+    """``groups`` as one batch, its rows in their order; prompts of the same tokens are stored, and computed, once."""
+    batch = Batch.from_groups(groups)
+    place: dict[tuple[int, ...], int] = {}
+    place_of = [place.setdefault(tuple(p.tolist()), len(place)) for p in batch.prompts]
+    prompts = tuple(torch.tensor(tokens, dtype=torch.long) for tokens in place)
+    return replace(batch, prompts=prompts, prompt_of=torch.tensor(place_of, dtype=torch.long)[batch.prompt_of])
 
 
 def _fit(

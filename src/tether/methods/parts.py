@@ -22,7 +22,7 @@ from tether.core.batches import Batch, Group, rollout_batch
 from tether.core.errors import UserError
 from tether.core.text import Rollout
 from tether.data.chat import ChatTokenizer
-from tether.data.groups import step_group, tokenise
+from tether.data.groups import share_prompts, step_group, tokenise
 from tether.data.readers import Kind, read
 from tether.models.adapters import add_adapter
 from tether.models.backbone import Backbone
@@ -151,12 +151,12 @@ def rollouts_for(scorer: Scorer, policy_tokenizer: Any) -> Callable[[Sequence[Ro
         return rollout_batch
     chat = ChatTokenizer(scorer.backbone.tokenizer)
 
-    def retokenised(rollouts: Sequence[Rollout]) -> Batch:
+    def group(r: Rollout) -> Group:
         if separator is not None:
-            return Batch.from_groups([step_group(chat, r.prompt, r.text, separator) for r in rollouts])
-        return Batch.from_groups([chat.group(r.prompt, [r.text], id=r.prompt.id) for r in rollouts])
+            return step_group(chat, r.prompt, r.text, separator)
+        return chat.group(r.prompt, [r.text], id=r.prompt.id)
 
-    return retokenised
+    return lambda rollouts: share_prompts([group(r) for r in rollouts])
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

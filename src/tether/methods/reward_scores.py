@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tether.config.sections import ModelConfig
-from tether.core.batches import Batch, Group
+from tether.core.batches import Group
 from tether.core.errors import DataError, UserError
 from tether.core.text import Judgement, Preference, Prompt, Ranking
 from tether.data.audit import Comparison, detect
@@ -20,7 +20,7 @@ from tether.data.audit.comparisons import MOST_PER_PROMPT
 from tether.data.audit.summary import prompt_key
 from tether.data.chat import ChatTokenizer
 from tether.data.files import open_rows
-from tether.data.groups import step_group, tokenise
+from tether.data.groups import share_prompts, step_group, tokenise
 from tether.data.readers import read
 from tether.methods import parts
 from tether.models.load import load_scorer, resolve
@@ -186,7 +186,7 @@ def _score(scorer: Scorer, rankings: Sequence[Ranking], groups: Mapping[int, Gro
     made: dict[int, Tensor] = {}
     for start in range(0, len(order), GROUPS_AT_A_TIME):
         rows = order[start : start + GROUPS_AT_A_TIME]
-        batch = Batch.from_groups([g for i in rows for g in _read_as(scorer, rankings[i], groups[i])])
+        batch = share_prompts([g for i in rows for g in _read_as(scorer, rankings[i], groups[i])])
         sizes = [len(groups[i].completions) for i in rows]
         scores = measure(batch).to("cpu", torch.float64).reshape(batch.size, scorer.heads)
         made |= dict(zip(rows, scores.split(sizes), strict=True))
