@@ -29,8 +29,11 @@ from tether.core.protocols import Scores
 from tether.core.text import Prompt, Rollout
 from tether.reports.run import run_report
 from tether.reports.verdict import verdict
+from tether.rewards.compose import Gate, GateOptions, Part, Sum
+from tether.rewards.ensemble import Ensemble, EnsembleOptions
+from tether.rewards.rules import RULES
 from tether.runs.glossary import find
-from tether.training.guards import WATCHED, Guards, HeldOut, Watch
+from tether.training.guards import WATCHED, Guards, HeldOut, Watch, has_ensemble
 
 
 def watch(**settings: Any) -> tuple[Watch, list[str]]:
@@ -85,6 +88,24 @@ def test_a_metric_that_is_not_measured_is_an_error_and_one_that_is_nan_is_not() 
     with pytest.raises(UserError, match=r"guards.disagreement_max: the run measures no reward/disagreement"):
         guard.step(1, {"reward/my_disagreement": 3.0, "kl/reference": 1.0})
     assert guard.step(1, {"reward/disagreement": math.nan}) == {"guard/disagreement_max": 0.0}
+
+
+def test_a_step_in_which_no_completion_reaches_the_ensemble_leaves_the_streak_alone() -> None:
+    """It stands behind a gate: the step tells nothing of it, and the run goes on."""
+    said: list[str] = []
+    guard = Watch(Guards(disagreement_max=1.0, patience=2), said.append, ensemble=True)
+    steps = [{"reward/x.disagreement": 2.0}, {"reward/x": 0.0}, {"reward/x.disagreement": 2.0}]
+    found = [guard.step(i, numbers)["guard/disagreement_max"] for i, numbers in enumerate(steps, start=1)]
+    assert found == [1.0, 0.0, 1.0] and len(said) == 1 and "step 3" in said[0]
+
+
+def test_an_ensemble_is_found_wherever_it_stands_in_the_reward() -> None:
+    several = Ensemble(options=EnsembleOptions(members=("a", "b")), members={})
+    inner = Sum(parts={"models": Part(reward=several)})
+    assert has_ensemble(several) and has_ensemble(Sum(parts={"in": Part(reward=inner)}))
+    gates = {"g": Gate(reward=several, options=GateOptions(otherwise=0.0))}
+    assert has_ensemble(Sum(gates=gates, parts={}))
+    assert not has_ensemble(Sum(parts={"short": Part(reward=RULES["target_length"]())}))
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------

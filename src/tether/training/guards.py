@@ -18,6 +18,8 @@ from tether.core.errors import RewardFailure, UserError
 from tether.core.pass_at import pass_at
 from tether.core.protocols import Reward
 from tether.core.text import Prompt, Rollout
+from tether.rewards.compose import Sum
+from tether.rewards.ensemble import Ensemble, Heads
 
 # Limit -> the metric that it is on. What ends in _max is an upper limit, what ends in _min a lower one.
 WATCHED = {
@@ -131,11 +133,19 @@ class HeldOut:
         }
 
 
-class Watch:
-    """The guards of one run at work. ``note`` tells the user; ``stop`` is set where the run should end."""
+def has_ensemble(reward: object) -> bool:
+    """Whether a reward is made of several models whose disagreement it gives, or has such a part."""
+    if isinstance(reward, Sum):
+        return any(has_ensemble(entry.reward) for entry in (*reward.gates.values(), *reward.parts.values()))
+    return isinstance(reward, Ensemble | Heads)
 
-    def __init__(self, guards: Guards, note: Callable[[str], None]) -> None:
-        self.guards, self.note = guards, note
+
+class Watch:
+    """The guards of one run at work. ``note`` tells the user; ``stop`` is set where the run should end.
+    ``ensemble``: there is one in the reward, so that a step without its disagreement is one that did not ask it."""
+
+    def __init__(self, guards: Guards, note: Callable[[str], None], *, ensemble: bool = False) -> None:
+        self.guards, self.note, self.ensemble = guards, note, ensemble
         self.stop = False
         self.first_length: float | None = None
         self.beyond: dict[str, int] = {}
@@ -147,6 +157,9 @@ class Watch:
         found: dict[str, float] = {}
         for name, limit in self.guards.limits.items():
             value = self._measured(name, numbers)
+            if value is None:
+                found[f"guard/{name}"] = 0.0
+                continue
             crossed = value > limit if name.endswith("_max") else value < limit
             found[f"guard/{name}"] = float(crossed)
             self.beyond[name] = self.beyond.get(name, 0) + 1 if crossed else 0
@@ -159,11 +172,14 @@ class Watch:
                 )
         return found | ({"guard/stopped": 1.0} if self.stop else {})
 
-    def _measured(self, name: str, numbers: Mapping[str, float]) -> float:
+    def _measured(self, name: str, numbers: Mapping[str, float]) -> float | None:
+        """None: a step that tells nothing, for or against."""
         metric = WATCHED[name]
         found = [v for n, v in numbers.items() if n == metric]
         if name == "disagreement_max":  # of an ensemble, or of one that is a part of the reward
             found += [v for n, v in numbers.items() if n.startswith("reward/") and n.endswith(".disagreement")]
+        if not found and name == "disagreement_max" and self.ensemble:  # no completion of the step passed the gates
+            return None
         if not found:
             raise UserError(f"guards.{name}: the run measures no {metric}; take it out, or use a reward that gives it")
         if "ratio" not in name:

@@ -29,7 +29,7 @@ from tether.rewards.penalties import distinct
 from tether.runs.log import plain
 from tether.runs.storage import write_folder, write_text
 from tether.training.before import Before, Source, before_update
-from tether.training.guards import Guards, HeldOut, Watch
+from tether.training.guards import Guards, HeldOut, Watch, has_ensemble
 from tether.training.rollouts import Collector, Scored, spread
 from tether.training.session import Session
 
@@ -127,7 +127,10 @@ class _Loop:
         self.session, self.job, self.learner = session, job, session.learner
         self.kl_coefficient = job.algorithm.kl_in_reward
         self.history: float | None = None
-        self.guards = Watch(job.guards, lambda text: session.progress.note(text)) if job.guards is not None else None
+        self.guards = None
+        if job.guards is not None:
+            ensemble = has_ensemble(job.reward)
+            self.guards = Watch(job.guards, lambda text: session.progress.note(text), ensemble=ensemble)
         self.at = 0
         self.meter = Meter([job.reward, job.watch, *(job.held_out.rewards if job.held_out is not None else ())])
         self.collect = Collector(
