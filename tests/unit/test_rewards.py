@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy
@@ -13,10 +14,11 @@ import torch
 from method_cases import reward_file
 from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
+from tether.core.protocols import Scores
 from tether.core.text import Message, Prompt, Rollout
 from tether.methods.judges import open_reward, open_rule
 from tether.rewards.compose import Remembering
-from tether.rewards.function import FunctionReward
+from tether.rewards.function import FunctionReward, OwnReward
 from tether.rewards.model import ScoreScale
 from tether.rewards.rules import ExactNumber, Matches, TargetLength, last_number
 
@@ -117,6 +119,13 @@ def test_exact_number_without_anything_to_compare_with_is_a_failure_not_a_zero()
         ExactNumber()([rollout("3", name="q", answer="three")])
     with pytest.raises(RewardFailure, match="prompt q: its column 'answer' holds no number: nan"):
         ExactNumber()([rollout("3", name="q", answer=math.nan)])
+
+
+@pytest.mark.parametrize("answer", ["3/4", "so #### 3 / 4"])
+def test_a_fraction_in_the_column_is_a_failure_and_not_its_last_number(answer):
+    with pytest.raises(RewardFailure, match="mathematics"):
+        ExactNumber()([rollout("4", answer=answer)])
+    assert ExactNumber()([rollout("72", answer="48/2 = <<48/2=24>>24\n#### 72")]).total.tolist() == [1]
 
 
 def test_matches_finds_the_pattern_anywhere():
@@ -230,6 +239,22 @@ def test_the_generators_of_the_run_are_left_alone(then):
     else:
         scores(reseeding)
     assert draws() == expected
+
+
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand, lambda: torch.rand(()).item()])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_reward_that_draws_draws_anew_in_every_step(draw, own):
+    """And the same for the same step, as a resumed run asks it again."""
+
+    def drawing(prompts, completions):
+        return [draw() for _ in completions]
+
+    reward = FunctionReward(function=drawing, name="drawing")
+    if own:
+        reward = OwnReward(reward=lambda rs: Scores(total=torch.tensor([draw() for _ in rs])), name="drawing")
+    steps = [[replace(rollout("a", "p"), policy_version=version)] for version in (1, 2, 1)]
+    first, second, again = (reward(step).total.item() for step in steps)
+    assert first == again != second
 
 
 def test_the_function_gets_what_it_asks_for_and_can_spoil_nothing():

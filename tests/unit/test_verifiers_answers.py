@@ -43,6 +43,8 @@ from verifier_cases import rollout, scores
         ("\\boxed{\\text{(B)}} is final", "B"),
         ("Final answer: $B$", "B"),
         ("(A) is wrong and (C) is wrong. So (B) it is", "B"),
+        ("The answer is B. Option C is wrong because it is too large.", "B"),
+        ("Option C is wrong, so option B", "B"),
         ("Answer: A\nNo, wait.\nAnswer: B", "B"),
         ("A. one\nB. two\n\nThe answer is B", "B"),
         ("Answer: B\n(A) was a trap", "B"),

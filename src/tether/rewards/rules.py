@@ -30,6 +30,15 @@ _NUMBER = re.compile(
 )
 
 
+_FRACTION = re.compile(r"\d\s*/\s*$")  # what stands before a denominator
+
+
+def _is_denominator(text: str) -> bool:
+    """Whether the last number in ``text`` is the second half of a fraction."""
+    found = list(_NUMBER.finditer(text))
+    return bool(found) and _FRACTION.search(text[: found[-1].start()]) is not None
+
+
 def last_number(text: str) -> Decimal | None:
     """The last number in ``text`` as it is written, thousands commas and exponents allowed; None where there is none.
     NaN, which equals nothing, where its exponent has more than 18 digits."""
@@ -73,6 +82,11 @@ class ExactNumber:
         wanted = last_number(str(answer))
         if wanted is None or not wanted.is_finite():
             raise RewardFailure(f"its column {self.column!r} holds no number: {answer!r}")
+        if _is_denominator(str(answer)):
+            raise RewardFailure(
+                f"its column {self.column!r} holds a fraction, {answer!r}, and exact_number would compare its last "
+                "number alone; use mathematics, or write it as a decimal"
+            )
         return float(got == wanted)
 
 

@@ -84,8 +84,8 @@ def _monty_then(full: RunCode) -> RunCode:
 
 
 def same(got: Any, wanted: Any) -> bool:
-    """Whether a value from a sandbox is the one in the data: JSON has lists only, so a tuple equals a list; numbers to
-    1e-9 relative; True is not 1."""
+    """Whether a value from a sandbox is the one in the data: JSON has lists only, so a tuple equals a list, and
+    text as keys only, so the key 1 equals "1"; numbers to 1e-9 relative; True is not 1."""
     try:
         return _same(got, wanted)
     except RecursionError:
@@ -97,13 +97,24 @@ def _same(got: Any, wanted: Any) -> bool:
         alike = isinstance(got, list | tuple) and len(got) == len(wanted)
         return alike and all(_same(g, w) for g, w in zip(got, wanted, strict=True))
     if isinstance(wanted, dict):
-        alike = isinstance(got, dict) and got.keys() == wanted.keys()
-        return alike and all(_same(got[key], value) for key, value in wanted.items())
+        if not isinstance(got, dict):
+            return False
+        found, wanted = _json_keys(got), _json_keys(wanted)
+        return found.keys() == wanted.keys() and all(_same(found[key], value) for key, value in wanted.items())
     if isinstance(wanted, bool) or isinstance(got, bool) or wanted is None or got is None:
         return got is wanted
     if isinstance(wanted, int | float) and isinstance(got, int | float):
         return got == wanted or (isinstance(wanted, float) and math.isclose(got, wanted, rel_tol=1e-9))
     return type(got) is type(wanted) and got == wanted
+
+
+def _json_keys(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Keys as JSON writes them, which has text only: 1 is "1", True "true", None "null". Others stay."""
+    spelt = {True: "true", False: "false", None: "null"}
+    return {
+        spelt[key] if isinstance(key, bool | None) else repr(key) if isinstance(key, int | float) else key: value
+        for key, value in values.items()
+    }
 
 
 # -- tests see the true builtins ---------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from tether.rewards.verifiers.base import column, inside, score_each
 class MultipleChoice:
     """1 where the letter that the completion settles on is the prompt's ``column``, else 0.
 
-    Read in this order, the last one of its kind: ``\\boxed{B}``; "answer is B", "Answer: (B)"; a line that is only
-    "B." or "(B)"; a line "B. its text" where no other choice has one; "(B)" anywhere. Two letters at once ("A or B")
-    are no answer. ``letters``: the choices there are. ``within``: judge only what the last tag of this name holds.
+    Read in this order, the last one of its kind: ``\\boxed{B}``; "answer is B", "Answer: (B)"; "option B", "the choice
+    is B"; a line that is only "B." or "(B)"; a line "B. its text" where no other choice has one; "(B)" anywhere. Two
+    letters at once ("A or B") are no answer. ``letters``: the choices there are. ``within``: judge only what the last
+    tag of this name holds.
     """
 
     beside: ClassVar[int] = 1
@@ -48,10 +49,15 @@ def chosen_letter(text: str, letters: str = "ABCDEFGHIJ") -> str | None:
     # "I" before a small word is a person; a letter before a letter, digit or apostrophe is a word.
     one = rf"({L})(?![A-Za-z0-9'’])(?!(?<=I) [a-z])"
     # Possessive (*+): what was taken is not given back, so that no text takes longer than its length.
+    named = (
+        r"[*_]*+(?:(?i:\s++(?:is|would be|should be))|\s*+[:=])?[*_:]*+"
+        rf"[(\[*_\s$]*+(?:\\(?:text|boxed|mathrm)\{{)?\(?{one}[)\]}}*_$]*+"
+    )
     settled = (
         rf"\\boxed\{{\s*+(?:\\text\{{)?\(?{one}\)?[.\s}}]*+\}}?",
-        r"(?i:\b(?:answer|choice|option))\b[*_]*+(?:(?i:\s++(?:is|would be|should be))|\s*+[:=])?[*_:]*+"
-        rf"[(\[*_\s$]*+(?:\\(?:text|boxed|mathrm)\{{)?\(?{one}[)\]}}*_$]*+",
+        # Apart: what is said of other options after the answer ("Option C is wrong because ...") settles nothing.
+        rf"(?i:\banswer)\b{named}",
+        rf"(?i:\b(?:choice|option))\b{named}",
         rf"^[ \t*_(]*+{one}[ \t*_).:]*+$",
     )
     for kind in settled:
