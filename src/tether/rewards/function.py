@@ -81,7 +81,8 @@ class FunctionReward:
         each = self.options.each
         together = [rollouts] if rollouts else []
         batches = [[rollout] for rollout in rollouts] if each else together
-        replies, retried = self._replies([(self._arguments(b), None if each else len(b)) for b in batches])
+        calls = [(self._arguments(b), None if each else len(b)) for b in batches]
+        replies, retried = self._replies(calls, _seed_of(rollouts))
         found = [n for batch, reply in zip(batches, replies, strict=True) for n in self._of_each(batch, reply)]
         numbers = self._without_failures(rollouts, found)
         parts = {}
@@ -90,9 +91,8 @@ class FunctionReward:
             parts["retried"] = torch.tensor(counts)
         return Scores(total=torch.tensor(numbers, dtype=torch.float32), parts=parts)
 
-    def _replies(self, calls: list[tuple[dict[str, Any], int | None]]) -> tuple[list[Reply], list[int]]:
+    def _replies(self, calls: list[tuple[dict[str, Any], int | None]], seed: int) -> tuple[list[Reply], list[int]]:
         """The last reply to each call, and how often it was made again."""
-        seed = zlib.crc32(repr(random.getstate()).encode())
         replies: list[Reply] = [""] * len(calls)
         again = [0] * len(calls)
         pending = list(range(len(calls)))
@@ -111,7 +111,10 @@ class FunctionReward:
     def _here(self, calls: Sequence[tuple[dict[str, Any], int | None, int]]) -> list[Reply]:
         """In this process. Arguments are copied for every call: a function may change what it gets."""
         with run_untouched():
-            found = [ask(self.function, copy.deepcopy(arguments), count) for arguments, count, _ in calls]
+            found: list[Reply] = []
+            for arguments, count, seed in calls:
+                _seed(seed)
+                found.append(ask(self.function, copy.deepcopy(arguments), count))
         self._count_threads()
         return found
 
@@ -222,6 +225,7 @@ class OwnReward:
     def __call__(self, rollouts: Sequence[Rollout]) -> Scores:
         try:
             with run_untouched():
+                _seed(_seed_of(rollouts))
                 scores = self.reward(copy.deepcopy(list(rollouts)))
         except (KeyboardInterrupt, TetherError):
             raise
@@ -262,6 +266,22 @@ def checked(scores: Any, rollouts: Sequence[Rollout], name: str) -> Scores:
         )
     parts = {part: values.detach().to("cpu", torch.float32) for part, values in scores.parts.items()}
     return Scores(total=total, parts=parts)
+
+
+def _seed_of(rollouts: Sequence[Rollout]) -> int:
+    """What a reward draws from: another seed in every step, and after a resume the same as without it."""
+    told = [(r.policy_version, r.prompt.id, r.text) for r in rollouts]
+    return zlib.crc32(repr((random.getstate(), told)).encode())
+
+
+def _seed(seed: int) -> None:
+    """Every generator that there is; not ``torch.manual_seed``, which would also reach a GPU that is opened later."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
 
 
 @contextmanager
