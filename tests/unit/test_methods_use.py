@@ -118,6 +118,23 @@ def test_evaluate_prints_the_win_rate_with_its_interval(tiny_model_folder, tmp_p
     assert 0 < summary["summary"]["low"] < 4 / 6 < summary["summary"]["high"] <= 1 and summary["summary"]["n"] == 6
 
 
+def test_evaluate_scores_each_answer_once(tiny_model_folder, tmp_path, answers):
+    """A reward that never says the same twice agrees with itself: the numbers printed are those written."""
+    said, _ = answers
+    said += ["a", "b", "c", "d"]
+    body = "global calls; calls += 1; return [float(10 * calls + i) for i in range(len(completions))]"
+    judge = reward_file(tmp_path, body, name="counts.py")
+    source = tmp_path / "counts.py"
+    source.write_text("calls = 0\n" + source.read_text())
+    out = tmp_path / "o.jsonl"
+    result = tether(
+        "evaluate", "-m", tiny_model_folder, "--baseline", tiny_model_folder, "--prompts", questions(tmp_path, 2),
+        "--judge", judge, "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [(r["our_score"], r["baseline_score"]) for r in lines(out)[:-1]] == [(10, 20), (11, 21)]
+
+
 def test_evaluate_of_real_samples_without_a_baseline(tiny_model_folder, tmp_path):
     result = tether(
         "evaluate", "-m", tiny_model_folder, "--prompts", questions(tmp_path), "--judge", "target_length",

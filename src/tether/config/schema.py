@@ -137,7 +137,9 @@ class VerifyConfig(Section):
         default=(1, 4), min_length=1, description="k of pass@k: one of k answers to a prompt is right"
     )
     samples: int | None = Field(default=None, ge=1, description="answers to each prompt; empty: the largest k")
-    prompts: int | None = Field(default=None, ge=1, description="use only the first N prompts of data.eval")
+    prompts: int | None = Field(
+        default=None, ge=1, description="use only the first N prompts of data.eval; guards.judge, too, then sees these"
+    )
 
 
 class RLConfig(MethodConfig):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from tether.config.sections import ModelConfig
 from tether.core.errors import RewardFailure, UserError
-from tether.core.protocols import Reward, SamplingSettings
+from tether.core.protocols import Reward, SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout
 from tether.evals.diversity import distinct_n, unique_share
 from tether.evals.statistics import mean_interval
 from tether.evals.winrate import WinRate, compare, position_sentence
 from tether.methods import parts
+from tether.methods.choose_candidates import TextOnly
 from tether.methods.judge_checks import check_no_memory
 from tether.methods.judge_models import PairJudge
 from tether.methods.judges import given_judge, open_pair_judge, open_reward, open_rule
@@ -53,14 +54,17 @@ def run(
             raise UserError("a pair_judge compares two answers: give --baseline MODEL, or use type: judge for scores")
         asked = given_prompts(prompts, [], n_prompts)
         check_system(system, asked, "--system")
-        sides = [_answers(name, asked, settings, seed, system, say, None)[0] for name in (model, baseline)]
+        sides = [_answers(name, asked, settings, seed, system, say)[0] for name in (model, baseline)]
         return _compared(model, baseline, sides, pair_judge, seed, path)
     open_rule(spec, "judge")
     check_no_memory(spec, "evaluate", "judge")
     asked = given_prompts(prompts, [], n_prompts)
     check_system(system, asked, "--system")
-    ours, reward = _answers(model, asked, settings, seed, system, say, spec)
-    assert reward is not None
+    ours, tokenizer = _answers(model, asked, settings, seed, system, say)
+    theirs, other = ([], tokenizer) if baseline is None else _answers(baseline, asked, settings, seed, system, say)
+    # Tokens of two vocabularies can't be scored by one reward model: it then reads both sides as text.
+    reads: Any = tokenizer if tokenizer.get_vocab() == other.get_vocab() else TextOnly()
+    reward, _ = open_reward(spec, reads, ModelConfig(name=model), TOKENS_PER_MICRO_BATCH, say)
     scores = reward(ours).total
     texts = [r.text for r in ours]
     scored = scores[scores.isfinite()]
@@ -75,16 +79,16 @@ def run(
         f"{100 * sum(r.finish_reason == 'length' for r in ours) / len(ours):.0f} % cut, "
         f"distinct-2 {distinct_n(texts):.2f}, unique {100 * unique_share(texts):.0f} %"
     )
-    theirs: list[Rollout] = []
+    their_scores = torch.tensor([])
     result: WinRate | None = None
     if baseline is not None:
-        theirs, _ = _answers(baseline, asked, settings, seed, system, say, None)
-        result = compare(ours, theirs, reward, seed=seed)
+        their_scores = reward(theirs).total
+        result = compare(ours, theirs, _known([*ours, *theirs], torch.cat([scores, their_scores])), seed=seed)
         _print_rate(model, baseline, result)
     if counts := counted([reward]):
         print(f"  judge: {sentence(counts)}")
     if path is not None:
-        _write(path, ours, scores, theirs, reward, result)
+        _write(path, ours, scores, theirs, their_scores, result)
 
 
 def _print_rate(model: str, baseline: str, result: WinRate) -> None:
@@ -125,23 +129,24 @@ def _answers(
     seed: int,
     system: str | None,
     say: parts.Say,
-    judge: Mapping[str, Any] | str | None,
-) -> tuple[list[Rollout], Reward | None]:
+) -> tuple[list[Rollout], Any]:
+    """One answer to each prompt, and the tokenizer of the model that gave them."""
     sampler = open_sampler(name, system, settings, say)
-    reward = None
-    if judge is not None:
-        reward, _ = open_reward(
-            judge, sampler.policy.backbone.tokenizer, ModelConfig(name=name), TOKENS_PER_MICRO_BATCH, say
-        )
-    return sampler.sample(asked, n=1, settings=settings, seed=seed), reward
+    return sampler.sample(asked, n=1, settings=settings, seed=seed), sampler.policy.backbone.tokenizer
+
+
+def _known(rollouts: list[Rollout], scores: Tensor) -> Reward:
+    """The reward that gives these rollouts the scores that they have: who is asked once is counted once."""
+    score_of = dict(zip(map(id, rollouts), scores.tolist(), strict=True))
+    return lambda asked: Scores(total=torch.tensor([score_of[id(r)] for r in asked]))
 
 
 def _write(
-    path: Path, ours: list[Rollout], scores: Tensor, theirs: list[Rollout], reward: Reward, result: WinRate | None
+    path: Path, ours: list[Rollout], scores: Tensor, theirs: list[Rollout], other_scores: Tensor, result: WinRate | None
 ) -> None:
     """One line per prompt, both answers and their scores (null: unscored); the summary last."""
     our_scores = plain(scores.tolist())
-    their_scores = plain(reward(theirs).total.tolist()) if theirs else []
+    their_scores = plain(other_scores.tolist())
     with path.open("w", encoding="utf-8") as file:
         for i, rollout in enumerate(ours):
             row = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -142,9 +142,9 @@ def score(labelled: Labelled, models: Sequence[str], config: ModelConfig, tokens
     for name in models:
         folder = resolve(name, say=say)
         scorer = load_scorer(folder, dtype=config.dtype, device=config.device, say=say)
-        groups, causes = _groups(labelled.rankings, scorer)
+        groups, causes = _groups(labelled.rankings, fits, scorer)  # each row left out is counted once
         counts.update(causes)
-        fits &= groups.keys()
+        fits = set(groups)
         say(f"{name}: {sum(len(g.completions) for g in groups.values())} answers")
         found = _score(scorer, labelled.rankings, {i: g for i, g in groups.items() if i in fits}, tokens)
         for head in range(scorer.heads):
@@ -163,10 +163,13 @@ def score(labelled: Labelled, models: Sequence[str], config: ModelConfig, tokens
     )
 
 
-def _groups(rankings: Sequence[Ranking], scorer: Scorer) -> tuple[dict[int, Group], Counter[str]]:
-    """Row -> tokens, within the context of the model; the rest by cause."""
+def _groups(
+    rankings: Sequence[Ranking], rows: Collection[int], scorer: Scorer
+) -> tuple[dict[int, Group], Counter[str]]:
+    """Row -> tokens, of ``rows`` within the context of the model; the rest by cause."""
     chat = ChatTokenizer(scorer.backbone.tokenizer)
-    found = tokenise(rankings, chat, max_prompt_tokens=UNLIMITED, max_completion_tokens=UNLIMITED)
+    asked = [rankings[i] for i in sorted(rows)]
+    found = tokenise(asked, chat, max_prompt_tokens=UNLIMITED, max_completion_tokens=UNLIMITED)
     causes = Counter(found.counts)
     place = {id(r): i for i, r in enumerate(rankings)}
     context = getattr(scorer.backbone.config, "max_position_embeddings", None) or UNLIMITED

@@ -65,6 +65,8 @@ def run(
         theirs = config.data.model_copy(update={"train": config.data.eval, "limit": limit})
         held_out, other = open_prompts(config.model_copy(update={"data": theirs}), chat, say)
         mark = both(mark, other)
+        if limit is not None and guards is not None and guards.judge is not None:
+            say(f"guards.judge, too, sees the {len(held_out)} prompts of verify.prompts alone")
     pretraining = None
     if config.pretraining is not None:
         bad = config.data.max_bad_rows
