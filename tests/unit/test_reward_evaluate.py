@@ -127,7 +127,7 @@ def test_what_does_not_fit_a_model_is_left_out_and_counted(models, tmp_path):
     rows = [*PAIRS[:2], {"prompt": "long " * 600, "chosen": "a", "rejected": "b"}]
     labelled = read_labelled([write(tmp_path, rows)], [], None, 0)
     scored = score(labelled, models, ModelConfig(name=models[0]), MANY, quiet)
-    assert len(scored.labelled.rankings) == 2 and scored.labelled.counts["over the 512 tokens of a model"] == 2
+    assert len(scored.labelled.rankings) == 2 and scored.labelled.counts["over the 512 tokens of a model"] == 1
     with pytest.raises(DataError, match="no row is left"):
         score(labelled.of([2]), models, ModelConfig(name=models[0]), MANY, quiet)
 
