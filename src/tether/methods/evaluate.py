@@ -135,10 +135,10 @@ def _answers(
     return sampler.sample(asked, n=1, settings=settings, seed=seed), sampler.policy.backbone.tokenizer
 
 
-def _known(rollouts: list[Rollout], scores: Tensor) -> Reward:
+def _known(answers: list[Rollout], scores: Tensor) -> Reward:
     """The reward that gives these rollouts the scores that they have: who is asked once is counted once."""
-    score_of = dict(zip(map(id, rollouts), scores.tolist(), strict=True))
-    return lambda asked: Scores(total=torch.tensor([score_of[id(r)] for r in asked]))
+    score_of = dict(zip(map(id, answers), scores.tolist(), strict=True))
+    return lambda rollouts: Scores(total=torch.tensor([score_of[id(r)] for r in rollouts]))
 
 
 def _write(
