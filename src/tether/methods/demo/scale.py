@@ -20,7 +20,7 @@ class Scale:
 
     questions: int = 60
     samples: int = 4
-    ppo_steps: int = 7
+    ppo_steps: int = 11
     unanchored_steps: int = 10
     ppo_prompts: int = 9
     held_out: int = 64
