@@ -12,6 +12,7 @@ from torch import Tensor
 from tether.core.batches import Batch, pad_rows
 from tether.models.attention import NAME
 from tether.models.backbone import Backbone
+from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
 
 VOCABULARY = 96
@@ -144,6 +145,7 @@ def backbone(family: str, mode: str = "packed", *, seed: int = 0) -> Backbone:
     if mode == "packed":
         model.set_attn_implementation(NAME)
     use_fast_linear(model)
+    use_fused(model)
     return Backbone(hf=model, tokenizer=None, name=family, mode=mode)  # type: ignore[arg-type]
 
 

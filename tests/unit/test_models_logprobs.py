@@ -19,9 +19,13 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=[(1, 1), (3, 4), (1000, 1000)], ids=lambda size: f"blocks-of-{size[0]}x{size[1]}")
+@pytest.fixture(
+    params=[(1, 1, 0), (3, 4, 0), (3, 4, 10**9), (1000, 1000, 0), (1000, 1000, 10**9)],
+    ids=lambda p: f"blocks-of-{p[0]}x{p[1]}-{'kept' if p[2] else 'made-again'}",
+)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, columns = request.param
+    rows, columns, keep = request.param
+    monkeypatch.setattr(module, "KEEP_BYTES", keep)
     monkeypatch.setattr(module, "BLOCK_ROWS", rows)
     monkeypatch.setattr(module, "BLOCK_COLUMNS", columns)
     monkeypatch.setattr(module, "BLOCK_BYTES", 0)
@@ -58,6 +62,24 @@ def test_values_and_gradients(settings: dict, bias: bool, blocks: None):
     for got, want in zip(mine[:3], theirs[:3], strict=True):
         if got is not None:
             torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_a_second_backward_is_the_first(blocks: None):
+    hidden, weight, _, targets = leaves(False)
+    total = token_logprobs(hidden, weight, targets, entropy=True)[0].sum()
+    first, second = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_logits_are_made_again_only_where_they_were_not_kept(monkeypatch: pytest.MonkeyPatch):
+    made, real = [], module._logits
+    monkeypatch.setattr(module, "_logits", lambda *args: made.append(1) or real(*args))
+    hidden, weight, _, targets = leaves(False)
+    for budget, products in ((K * V * 8, 1), (K * V * 8 - 1, 2)):
+        monkeypatch.setattr(module, "KEEP_BYTES", budget)
+        made.clear()
+        token_logprobs(hidden, weight, targets)[0].sum().backward()
+        assert len(made) == products
 
 
 def test_gradcheck():

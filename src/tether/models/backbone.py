@@ -14,8 +14,9 @@ from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.models import attention, linear
 from tether.models.adapters import active, adapted, folded, low_rank
+from tether.models.decoder import Decoder, llama_shaped
 from tether.models.logprobs import token_logprobs
-from tether.models.packed import pack
+from tether.models.packed import PackedLayout, pack
 
 Mode = Literal["packed", "padded"]
 # Names under which configs and attention modules keep the reach of their local attention.
@@ -53,6 +54,9 @@ class Backbone:
     # Type of the matrix products of ``hidden`` and ``head``, where it is another than that of the weights. The sampler
     # keeps to the weights' own: a decode step waits for memory, and reading weights to round them takes longer.
     autocast: torch.dtype | None = None
+    # What the sampler's passes run on inside ``decoding``, where this network has the shape for it.
+    _decoder: Decoder | None = None
+    _decodes: bool | None = None
 
     @property
     def config(self) -> Any:
@@ -171,19 +175,47 @@ class Backbone:
         packed once, the adapter folded in, where this CPU has such a thing for every layer that is adapted, and the
         memory for it."""
         packs = linear.SERVES and steps >= PACKING_PAYS and linear.packing_fits(self.hf)
-        if packs and all(linear.packs(m) for m in adapted(self.hf, adapter)):
-            with active(self.hf, None), linear.packed_weights(self.hf, folded(self.hf, adapter)):
-                yield
-        else:
+        if not packs or not all(linear.packs(m) for m in adapted(self.hf, adapter)):
             with active(self.hf, adapter):
                 yield
+            return
+        weight_of = folded(self.hf, adapter)
+        with torch.no_grad():
+            decoder = self._written_out(weight_of, adapter)
+        with (
+            active(self.hf, None),
+            linear.packed_weights(self.hf if decoder is None else self.hf.get_output_embeddings(), weight_of),
+        ):
+            self._decoder = decoder
+            try:
+                yield
+            finally:
+                self._decoder = None
+
+    def _written_out(self, weight_of: Callable[[nn.Linear], Tensor], adapter: str | None) -> Decoder | None:
+        """A decoder with the numbers of ``run_trunk``, which is tried once; None where there is none."""
+        if self._decodes is False or not llama_shaped(self.hf.base_model):
+            return None
+        decoder = Decoder(self.hf.base_model, weight_of)
+        if self._decodes is None:
+            ids = torch.arange(12, device=self.device)[None] % self.config.vocab_size
+            inputs = (PackedLayout(blocks=((5, (4, 3)),)), ids, torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]]))
+            with active(self.hf, adapter):
+                expected = self.run_trunk(*inputs)
+            gap = (decoder(*inputs) - expected).abs().max() / expected.abs().mean()
+            self._decodes = float(gap) < PACKED_TOLERANCE[self.dtype] * 10
+        return decoder if self._decodes else None
+
+    def step(self, layout: attention.Layout, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """``run_trunk`` for the sampler, inside ``decoding``."""
+        return (self._decoder or self.run_trunk)(layout, input_ids, position_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, V] float32, for the sampler; under the adapter that is active."""
         logits = self.hf.get_output_embeddings()(hidden).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits * self.logit_scale
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     @property
     def softcap(self) -> float | None:

@@ -107,6 +107,11 @@ def packing_fits(model: nn.Module) -> bool:
     return 4 * size <= (memory_bytes() or 0)
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A weight [o, i] in oneDNN's own order."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+
+
 @contextmanager
 def packed_weights(
     model: nn.Module, weight_of: Callable[[Linear], Tensor] = lambda layer: layer.weight
@@ -122,7 +127,7 @@ def packed_weights(
         raise RuntimeError("this model's weights are packed already: it is being sampled from; wait until that is done")
     try:
         for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight_of(layer).detach(), _ROWS)
+            layer.packed = pack(weight_of(layer).detach())
         yield
     finally:
         for layer in layers:

@@ -22,6 +22,7 @@ from tether.core.errors import MissingModel, UserError, nearest
 from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
 from tether.models.embedded import EMBEDDED, embedded_folder
+from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
 from tether.models.reading import KEY, LAST, Reading
 from tether.models.roles import Policy, Scorer, new_head
@@ -169,6 +170,7 @@ def load_backbone(
     network.to(pick_device(device)).eval()
     network.requires_grad_(False)
     use_fast_linear(network)
+    use_fused(network)
     backbone = Backbone(
         hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )

@@ -19,6 +19,9 @@ from tether.models.linear import product
 BLOCK_BYTES = 24 * 2**20
 # Rows of a block, and the fewest columns: enough for the matrix products to run at their full speed.
 BLOCK_ROWS, BLOCK_COLUMNS = 2048, 256
+# Bytes of logits that a forward pass may keep for its backward, which otherwise makes them again: a quarter of the
+# head's products. Few by default, because memory is what most often ends a run.
+KEEP_BYTES = 64 * 2**20
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -59,7 +62,8 @@ def _inside(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)), logits recomputed in the backward."""
+    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)); the backward makes the logits again, or reads
+    them where they were few enough to be kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -77,6 +81,8 @@ class _TokenLogProbs(torch.autograd.Function):
         kind = torch.promote_types(hidden.dtype, torch.float32)
         chosen = torch.empty(len(hidden), dtype=kind, device=hidden.device)
         log_z, entropy = torch.empty_like(chosen), torch.zeros_like(chosen)
+        size = len(hidden) * len(weight) * kind.itemsize
+        kept: list[Tensor] | None = [] if any(ctx.needs_input_grad) and size <= KEEP_BYTES else None
         for rows in _slices(len(hidden), BLOCK_ROWS):
             sums, means = [], []
             for part in _parts(rows, len(weight)):
@@ -86,6 +92,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 found, at = _inside(targets[rows], part)
                 chosen[rows][found] = logits[found, at]
                 sums.append(logits.logsumexp(dim=-1))
+                if kept is not None:
+                    kept.append(logits)
                 if want_entropy:
                     means.append((logits - sums[-1][:, None]).exp_().mul_(logits).sum(dim=-1))
             by_part = torch.stack(sums)
@@ -94,7 +102,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 # H = log Z - E[logit], and E[logit] is the mean of the parts' means by their probabilities.
                 entropy[rows] = log_z[rows] - ((by_part - log_z[rows]).exp() * torch.stack(means)).sum(dim=0)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_z, entropy)
-        ctx.scale, ctx.softcap, ctx.want_entropy = scale, softcap, want_entropy
+        ctx.scale, ctx.softcap, ctx.want_entropy, ctx.kept = scale, softcap, want_entropy, kept
         if not want_entropy:
             ctx.mark_non_differentiable(entropy)
         return chosen - log_z, entropy
@@ -108,13 +116,17 @@ class _TokenLogProbs(torch.autograd.Function):
             for t, needed in zip(inputs, ctx.needs_input_grad[:5], strict=True)
         ]
         of_hidden, of_weight, of_bias, of_low, of_up = grads
+        kept = iter(ctx.kept or ())
         for rows in _slices(len(hidden), BLOCK_ROWS):
             h, a, toward = hidden[rows], _cut(low, rows), grad_logprobs[rows, None] * ctx.scale
             for part in _parts(rows, len(weight)):
                 w, u = weight[part], _cut(up, part)
-                logits = _logits(h, w, _cut(bias, part), a, u, ctx.scale, ctx.softcap)
+                logits = next(kept, None)
+                if logits is None:
+                    logits = _logits(h, w, _cut(bias, part), a, u, ctx.scale, ctx.softcap)
                 slope = None if ctx.softcap is None else 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
-                log_p = logits.sub_(log_z[rows, None])
+                # What was kept is not overwritten: the graph may be run backward a second time.
+                log_p = logits - log_z[rows, None] if ctx.kept else logits.sub_(log_z[rows, None])
                 # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
                 if ctx.want_entropy:
                     pull = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None] * ctx.scale).add_(toward)

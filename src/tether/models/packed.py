@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tether.core.batches import Batch
-from tether.models.attention import attend_block
+from tether.models import shared_prefix
+from tether.models.attention import attend_block, flash_serves
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -34,6 +35,9 @@ class PackedLayout:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
+        longest = max(p + max(cs, default=0) for p, cs in self.blocks)
+        if softcap is None and (window is None or window >= longest) and flash_serves(q, k, v):
+            return shared_prefix.attend(q, k, v, self.blocks, scale)
         lengths = [n for p, cs in self.blocks for n in (p, *cs)]
         # One split each: its backward is one concatenation, where slices would each fill a row of zeros.
         qs, ks, vs = (t.split(lengths, dim=2) for t in (q, k, v))

@@ -1,23 +1,29 @@
 """Keys and values of running completions, and the two layouts that fill and read them.
 
-A slot is one running completion. Its prompt is prefilled once per prompt and copied into the slots of all its
-completions; a decode step appends one token to every slot.
+A prompt is held once for all its completions: a decode step attends to the prompts, group by group, and to what each
+completion has added, row by row, and joins the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from tether.models.attention import attend_block
+from tether.models.attention import attend_part, join
 from tether.models.packed import PackedLayout
+
+# Tokens that the rows' own cache has room for at first; it doubles whenever that is not enough.
+FIRST_ROOM = 64
 
 
 @dataclass(kw_only=True, eq=False)
 class PrefillLayout:
-    """Packed prompts, causal each; keeps every layer's keys and values [1, H_kv, N, D] for the fan-out."""
+    """Packed prompts, causal each; keeps every layer's keys and values [1, H_kv, N, D]."""
 
     lengths: tuple[int, ...]
     keys: list[Tensor] = field(default_factory=list)
@@ -32,58 +38,154 @@ class PrefillLayout:
         return packed.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
 
 
-class DecodeLayout:
-    """One new token per slot: q [W, H, 1, D] against the cache of its slot.
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """0 where a key is seen and -inf where not; None where all are."""
+    if bool(seen.all()):
+        return None
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
-    ``keys``, ``values``: one tensor [W, H_kv, L, D] per layer; ``lengths`` [W]: tokens held by each slot, the new one
-    not yet counted.
+
+def _wider(tensor: Tensor, room: int) -> Tensor:
+    """[n, H_kv, L, D] with zeros up to ``room`` tokens: what was never written must be a number."""
+    return pad(tensor, (0, 0, 0, room - tensor.shape[2]))
+
+
+class DecodeLayout:
+    """One new token per row: q [W, H, 1, D] against the row's prompt and what the row holds itself.
+
+    Per layer: ``prompt_keys``, ``prompt_values`` [G, H_kv, P, D] and ``keys``, ``values`` [W, H_kv, L, D].
+    ``prompt_lengths`` [G]; ``prompt_of`` [W]: whose completion a row is; ``lengths`` [W]: tokens that a row holds, the
+    new one not yet counted.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.prompt_keys: list[Tensor] = []
+        self.prompt_values: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.lengths = torch.zeros(width, dtype=torch.long)
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        self.prompt_lengths, self.prompt_of, self.lengths, self._resting = nothing, nothing, nothing, nothing
 
-    def fill(self, slots: list[int], prefill: PrefillLayout, spans: list[tuple[int, int]], capacity: int) -> None:
-        """Copy prompt ``spans`` (start, end in the prefilled row) into ``slots``; the cache grows to ``capacity``."""
-        if not self.keys:
-            for own, new in ((self.keys, prefill.keys), (self.values, prefill.values)):
-                own += [t.new_zeros(len(self.lengths), t.shape[1], capacity, t.shape[3]) for t in new]
-            self.lengths = self.lengths.to(prefill.keys[0].device)
-        for slot, (start, end) in zip(slots, spans, strict=True):
-            for own, new in zip(self.keys + self.values, prefill.keys + prefill.values, strict=True):
-                own[slot, :, : end - start] = new[0, :, start:end]
-            self.lengths[slot] = end - start
+    @property
+    def positions(self) -> Tensor:
+        """[W] position of each row's new token."""
+        return self.prompt_lengths[self.prompt_of] + self.lengths
 
-    def keep(self, slots: list[int]) -> None:
-        """Drop every slot but these: finished rows leave the batch."""
-        index = torch.tensor(slots, device=self.lengths.device)
+    def add(self, prefill: PrefillLayout, prompt_of: Sequence[int]) -> None:
+        """Hold the prompts of ``prefill`` and begin an empty row for each entry of ``prompt_of``, which counts the
+        prompts that are held, the new ones last."""
+        for held, new in ((self.prompt_keys, prefill.keys), (self.prompt_values, prefill.values)):
+            for layer, packed in enumerate(new):
+                pieces = list(packed[0].transpose(0, 1).split(prefill.lengths))
+                each = pad_sequence(pieces, batch_first=True).transpose(1, 2)
+                if layer == len(held):
+                    held.append(each)
+                else:
+                    longest = max(held[layer].shape[2], each.shape[2])
+                    held[layer] = torch.cat([_wider(t, longest) for t in (held[layer], each)])
+        self.prompt_lengths = torch.cat([self.prompt_lengths, self.prompt_lengths.new_tensor(prefill.lengths)])
+        for held, prompts in ((self.keys, self.prompt_keys), (self.values, self.prompt_values)):
+            for layer, prompt in enumerate(prompts):
+                if layer == len(held):
+                    held.append(prompt.new_zeros(0, prompt.shape[1], FIRST_ROOM, prompt.shape[3]))
+                own = held[layer]
+                held[layer] = torch.cat([own, own.new_zeros(len(prompt_of), *own.shape[1:])])
+        self.prompt_of = torch.cat([self.prompt_of, self.prompt_of.new_tensor(prompt_of)])
+        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(len(prompt_of))])
+        self._arrange()
+
+    def keep(self, rows: Sequence[int]) -> list[int]:
+        """Drop every row but these, and the prompts that none of them needs; which prompts are left, in order."""
+        index = self.lengths.new_tensor(rows)
         self.keys = [k[index] for k in self.keys]
         self.values = [v[index] for v in self.values]
-        self.lengths = self.lengths[index]
+        self.lengths, self._resting = self.lengths[index], index[:0]
+        prompts, self.prompt_of = self.prompt_of[index].unique(return_inverse=True)
+        self.prompt_lengths = self.prompt_lengths[prompts]
+        longest = int(self.prompt_lengths.max()) if len(prompts) else 0
+        self.prompt_keys = [k[prompts, :, :longest] for k in self.prompt_keys]
+        self.prompt_values = [v[prompts, :, :longest] for v in self.prompt_values]
+        self._arrange()
+        return prompts.tolist()
+
+    def rest(self, rows: Sequence[int]) -> None:
+        """These are finished, and stay until ``keep`` drops them: each step writes their first place again, so that
+        they never run out of room or positions."""
+        self._resting = torch.cat([self._resting, self.lengths.new_tensor(rows)])
+        self.lengths[self._resting] = 0
+
+    def _arrange(self) -> None:
+        """The rows of one prompt side by side, as attention to the prompts takes them: ``_rows`` [G · n] says whose
+        query stands at each place (a prompt with fewer than n rows has some that nobody reads), ``_place`` [W] where
+        each row's stands. Both are None where the rows stand so already."""
+        of = self.prompt_of.tolist()
+        members: list[list[int]] = [[] for _ in self.prompt_lengths]
+        for row, prompt in enumerate(of):
+            members[prompt].append(row)
+        n = max((len(m) for m in members), default=0)
+        rows = [row for m in members for row in m + [0] * (n - len(m))]
+        self._rows = self._place = None
+        if rows != list(range(len(of))):
+            place = {row: g * n + j for g, m in enumerate(members) for j, row in enumerate(m)}
+            self._rows = self.prompt_of.new_tensor(rows)
+            self._place = self.prompt_of.new_tensor([place[row] for row in range(len(of))])
 
     def begin_step(self) -> None:
         """Fix what all layers of the coming step share: where the new token goes and which keys it sees."""
         self._used = int(self.lengths.max()) + 1
-        key = torch.arange(self._used, device=self.lengths.device)
-        self._key, self._rows = key, torch.arange(len(self.lengths), device=self.lengths.device)
-        self._seen = (key <= self.lengths[:, None])[:, None, None, :]
+        if self._used > self.keys[0].shape[2]:
+            self.keys, self.values = ([_wider(t, 2 * t.shape[2]) for t in ts] for ts in (self.keys, self.values))
+        device = self.lengths.device
+        self._own = torch.arange(self._used, device=device)
+        self._theirs = torch.arange(int(self.prompt_lengths.max()), device=device)
+        kind = self.keys[0].dtype
+        self._own_bias = _bias((self._own <= self.lengths[:, None])[:, None, None], kind)
+        self._prompt_bias = _bias((self._theirs < self.prompt_lengths[:, None])[:, None, None], kind)
+        self._longest = int(self.positions.max()) + 1
+        # Rows of one length write a slice, which is less work than a place each.
+        together = self._own_bias is None
+        rows = slice(None) if together else torch.arange(len(self.lengths), device=device)
+        self._new = (rows, slice(None), self._used - 1 if together else self.lengths)
 
     def end_step(self) -> None:
         self.lengths += 1
+        self.lengths[self._resting] = 0
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        keys[self._rows, :, self.lengths] = k[:, :, 0]
-        values[self._rows, :, self.lengths] = v[:, :, 0]
-        seen = self._seen
-        if window is not None and window < self._used:
-            seen = seen & (self._key > self.lengths[:, None] - window)[:, None, None, :]
+        keys[self._new] = k[:, :, 0]
+        values[self._new] = v[:, :, 0]
         keys, values = keys[:, :, : self._used], values[:, :, : self._used]
-        # Query heads that share a key head become rows of one small product: nothing is repeated in memory.
+        prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
         w, heads, _, depth = q.shape
-        grouped = q.view(w, keys.shape[1], heads // keys.shape[1], depth)
-        out = attend_block(grouped, keys, values, allowed=seen, causal=False, scale=scale, softcap=softcap)
-        return out.reshape(w, heads, 1, -1)
+        g, shared, _, _ = prompt_keys.shape
+        repeat = heads // shared
+        windowed = window is not None and window < self._longest
+        own_bias, prompt_bias = self._own_bias, self._prompt_bias
+        if window is not None and windowed:
+            own_bias, prompt_bias = self._window(window, repeat)
+        how = {"scale": scale, "softcap": softcap, "full": not windowed}
+        # Query heads that share a key head are rows of one product, and so are the rows that share a prompt.
+        own, own_sum = attend_part(q.view(w, shared, repeat, depth), keys, values, bias=own_bias, **how)
+        placed = q if self._rows is None else q[self._rows]
+        placed = placed.view(g, -1, shared, repeat, depth).transpose(1, 2).reshape(g, shared, -1, depth)
+        seen, seen_sum = attend_part(placed, prompt_keys, prompt_values, bias=prompt_bias, **how)
+        seen, seen_sum = (t.unflatten(2, (-1, repeat)).transpose(1, 2) for t in (seen, seen_sum))
+        if self._place is None:
+            own, own_sum = (t.view(*kind.shape[:2], *t.shape[1:]) for t, kind in ((own, seen), (own_sum, seen)))
+        else:
+            seen, seen_sum = (t.flatten(0, 1)[self._place] for t in (seen, seen_sum))
+        return join(own, own_sum, seen, seen_sum).reshape(w, heads, 1, -1)
+
+    def _window(self, window: int, repeat: int) -> tuple[Tensor | None, Tensor | None]:
+        """The biases of both parts where a query sees the last ``window`` tokens alone."""
+        kind = self.keys[0].dtype
+        own = (self._own <= self.lengths[:, None]) & (self._own > self.lengths[:, None] - window)
+        # First position that a row sees, beside the places of its prompt: [G, n, P].
+        first = self.positions - window
+        first = (first if self._rows is None else first[self._rows]).view(len(self.prompt_lengths), -1, 1)
+        theirs = (self._theirs < self.prompt_lengths[:, None, None]) & (self._theirs > first)
+        theirs = theirs.repeat_interleave(repeat, dim=1)
+        return _bias(own[:, None, None], kind), _bias(theirs[:, None], kind)

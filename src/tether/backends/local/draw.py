@@ -6,12 +6,17 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tether.core.protocols import SamplingSettings
 
+# Tokens whose probabilities are summed before one of them is looked for: a cumulative sum runs over few numbers only.
+BLOCK = 256
 
-def log_distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """[W, V] log-probs after temperature, top-k and top-p (nucleus; Holtzman 2020), renormalised; -inf where cut.
+
+def scores(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """[W, V] logits of the distribution that is drawn from: after temperature, top-k and top-p (nucleus; Holtzman
+    2020), -inf where cut. Not normalised.
 
     top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p``; temperature 0 is greedy, whose
     distribution is a point mass.
@@ -19,28 +24,41 @@ def log_distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
     if settings.temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter_(1, best, 0.0)
-    logprobs = (logits / settings.temperature).log_softmax(dim=-1)
+    kept = logits if settings.temperature == 1 else logits / settings.temperature
     if settings.top_k and settings.top_k < logits.shape[1]:
-        smallest = logprobs.topk(settings.top_k, dim=-1).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < smallest, float("-inf")).log_softmax(dim=-1)
+        smallest = kept.topk(settings.top_k, dim=-1).values[:, -1:]
+        kept = kept.masked_fill(kept < smallest, float("-inf"))
     if settings.top_p < 1:
-        ordered, index = logprobs.sort(dim=-1, descending=True)
-        mass_before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-        cut = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(1, index, mass_before >= settings.top_p)
-        logprobs = logprobs.masked_fill(cut, float("-inf")).log_softmax(dim=-1)
-    return logprobs
+        ordered, index = kept.softmax(dim=-1).sort(dim=-1, descending=True)
+        mass_before = ordered.cumsum(dim=-1) - ordered
+        cut = torch.zeros_like(kept, dtype=torch.bool).scatter_(1, index, mass_before >= settings.top_p)
+        kept = kept.masked_fill(cut, float("-inf"))
+    return kept
 
 
-def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw: the first token whose cumulative probability exceeds u. [W, V], [W] -> [W] int64."""
-    probs = logprobs.exp()
-    cumulative = probs.cumsum(dim=-1)
-    # Rounding may leave the total a little off 1; scaling u by it makes every u land on a token of positive mass.
-    target = uniforms[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True).clamp_(max=probs.shape[1] - 1).squeeze(1)
+def draw(scores: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF draw from softmax(scores): the first token whose cumulative probability exceeds u, and its log-prob.
+    [W, V], [W] -> [W] int64, [W] nats."""
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - top).exp_()
+    if short := -weights.shape[1] % BLOCK:
+        weights = pad(weights, (0, short))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(dim=-1)
+    edges = sums.cumsum(dim=-1)
+    # Rounding may leave the total a little off; u times it makes every u land on a token of positive mass.
+    total = edges[:, -1:]
+    target = uniforms[:, None] * total
+    block = torch.searchsorted(edges, target, right=True).clamp_(max=edges.shape[1] - 1)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1)
+    rest = target - (edges - sums).gather(1, block)
+    token = block * BLOCK + torch.searchsorted(inside, rest, right=True).clamp_(max=BLOCK - 1)
     # A u that lands exactly on the edge of the last token must not fall into the cut-off tail behind it.
-    dead = probs.gather(1, token[:, None]).squeeze(1) == 0
-    return torch.where(dead, probs.argmax(dim=-1), token)
+    dead = weights.gather(1, token) == 0
+    if dead.any():
+        token = torch.where(dead, weights.argmax(dim=-1, keepdim=True), token)
+    logprobs = scores.gather(1, token) - top - total.log()
+    return token.squeeze(1), logprobs.squeeze(1)
 
 
 def uniforms(seed: int, prompt_id: str, index: int, count: int) -> Tensor:

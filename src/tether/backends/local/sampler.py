@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tether.backends.local.cache import DecodeLayout, PrefillLayout
-from tether.backends.local.draw import draw, log_distribution, uniforms
+from tether.backends.local.draw import draw, scores, uniforms
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
@@ -32,6 +32,34 @@ class Row:
     rollout: Rollout | None = None
     # Who hears of the rollout as soon as it is whole.
     told: Callable[[Rollout], None] | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Running:
+    """The rows that decode together (None: one that is finished) and what is held of them.
+
+    ``ends``: by group, in the order of the cache's prompts, the hidden state [d] that a first token is drawn from.
+    """
+
+    cache: DecodeLayout
+    rows: list[Row | None] = field(default_factory=list)
+    ends: dict[int, Tensor] = field(default_factory=dict)
+
+    def drop_finished(self) -> None:
+        done = [i for i, row in enumerate(self.rows) if row is not None and row.finish_reason]
+        for i in done:
+            self.rows[i] = None
+        if done:
+            self.cache.rest(done)
+
+    def compact(self) -> None:
+        """Finished rows leave the batch."""
+        if None not in self.rows:
+            return
+        kept = [i for i, row in enumerate(self.rows) if row is not None]
+        groups = list(self.ends)
+        self.ends = {groups[i]: self.ends[groups[i]] for i in self.cache.keep(kept)}
+        self.rows = [self.rows[i] for i in kept]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,77 +119,55 @@ class LocalSampler:
 
     def _run(self, rows: list[Row], settings: SamplingSettings) -> None:
         waiting = deque(rows)
-        capacity = max(len(r.prompt_tokens) + len(r.uniforms) for r in rows) + 1
         width = min(self.width, len(rows))
-        cache = DecodeLayout(width)
-        slots: list[Row | None] = [None] * width
-        while waiting or any(slots):
-            free = [i for i, row in enumerate(slots) if row is None]
+        running = Running(cache=DecodeLayout(self.policy.backbone.device))
+        while waiting or any(running.rows):
+            idle = width - sum(row is not None for row in running.rows)
             # A prefill costs a pass of its own, so wait until a quarter of the batch is free (or everything is).
-            if waiting and len(free) >= max(1, width // 4):
-                self._admit(waiting, free, slots, cache, capacity, settings)
+            if waiting and idle >= max(1, width // 4):
+                running.compact()
+                self._admit([waiting.popleft() for _ in range(min(idle, len(waiting)))], running, settings)
                 continue
-            if not waiting and len(free) >= max(1, len(slots) // 8):
-                kept = [i for i, row in enumerate(slots) if row is not None]
-                cache.keep(kept)
-                slots = [slots[i] for i in kept]
-            self._step(slots, cache, settings)
+            if not waiting and running.rows.count(None) >= max(1, len(running.rows) // 8):
+                running.compact()
+            self._step(running, settings)
 
-    def _admit(
-        self,
-        waiting: deque[Row],
-        free: list[int],
-        slots: list[Row | None],
-        cache: DecodeLayout,
-        capacity: int,
-        settings: SamplingSettings,
-    ) -> None:
-        """Prefill the prompts of the next rows, each prompt once, and draw every row's first token."""
-        taken = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
-        groups = sorted({row.group for row in taken})
-        prompts = {row.group: row.prompt_tokens for row in taken}
-        device = self.policy.backbone.device
-        ids = torch.cat([prompts[g] for g in groups])[None].to(device)
-        positions = torch.cat([torch.arange(len(prompts[g])) for g in groups])[None].to(device)
-        layout = PrefillLayout(lengths=tuple(len(prompts[g]) for g in groups))
-        hidden = self.policy.backbone.run_trunk(layout, ids, positions)[0]
-        ends = torch.tensor(layout.lengths).cumsum(0).tolist()
-        span = {g: (end - len(prompts[g]), end) for g, end in zip(groups, ends, strict=True)}
-        used = free[: len(taken)]
-        cache.fill(used, layout, [span[row.group] for row in taken], capacity)
-        logits = self.policy.backbone.logits(hidden[torch.tensor([e - 1 for e in ends], device=device)])
-        of = torch.tensor([groups.index(row.group) for row in taken], device=device)
-        for slot, row in zip(used, taken, strict=True):
-            slots[slot] = row
-        self._append(taken, logits[of], settings)
-        for slot, row in zip(used, taken, strict=True):
-            if row.finish_reason:
-                slots[slot] = None
+    def _admit(self, taken: list[Row], running: Running, settings: SamplingSettings) -> None:
+        """Prefill the prompts of ``taken`` that are not held yet, each once, and draw every row's first token."""
+        backbone = self.policy.backbone
+        prompts = {row.group: row.prompt_tokens for row in taken if row.group not in running.ends}
+        layout = PrefillLayout(lengths=tuple(len(p) for p in prompts.values()))
+        if prompts:
+            ids = torch.cat(list(prompts.values()))[None].to(backbone.device)
+            positions = torch.cat([torch.arange(n) for n in layout.lengths])[None].to(backbone.device)
+            hidden = backbone.step(layout, ids, positions)[0]
+            ends = torch.tensor(layout.lengths).cumsum(0) - 1
+            running.ends.update(zip(prompts, hidden[ends.to(backbone.device)], strict=True))
+        groups = list(running.ends)
+        running.cache.add(layout, [groups.index(row.group) for row in taken])
+        running.rows += taken
+        logits = backbone.logits(torch.stack([running.ends[g] for g in groups]))
+        self._append(taken, logits[running.cache.prompt_of[-len(taken) :]], settings)
+        running.drop_finished()
 
-    def _step(self, slots: list[Row | None], cache: DecodeLayout, settings: SamplingSettings) -> None:
-        """One token for every running row; an idle slot decodes a token that nobody reads."""
-        device = self.policy.backbone.device
-        ids = torch.tensor([row.tokens[-1] if row else 0 for row in slots], device=device)[:, None]
-        idle = [i for i, row in enumerate(slots) if row is None]
-        if idle:
-            cache.lengths[idle] = 0
+    def _step(self, running: Running, settings: SamplingSettings) -> None:
+        """One token for every running row; an idle one decodes a token that nobody reads."""
+        backbone, cache = self.policy.backbone, running.cache
+        ids = torch.tensor([row.tokens[-1] if row else 0 for row in running.rows], device=backbone.device)[:, None]
         cache.begin_step()
-        hidden = self.policy.backbone.run_trunk(cache, ids, cache.lengths[:, None])[:, 0]
+        hidden = backbone.step(cache, ids, cache.positions[:, None])[:, 0]
         cache.end_step()
-        running = [(i, row) for i, row in enumerate(slots) if row is not None]
-        index = torch.tensor([i for i, _ in running], device=device)
-        self._append([row for _, row in running], self.policy.backbone.logits(hidden[index]), settings)
-        for i, row in running:
-            if row.finish_reason:
-                slots[i] = None
+        active = [i for i, row in enumerate(running.rows) if row is not None]
+        if len(active) < len(running.rows):
+            hidden = hidden[torch.tensor(active, device=backbone.device)]
+        self._append([row for row in running.rows if row is not None], backbone.logits(hidden), settings)
+        running.drop_finished()
 
     def _append(self, rows: list[Row], logits: Tensor, settings: SamplingSettings) -> None:
         """Draw the next token of each row and decide whether the row is finished."""
-        logprobs = log_distribution(logits, settings)
         u = torch.stack([row.uniforms[len(row.tokens)] for row in rows]).to(logits.device)
-        tokens = draw(logprobs, u)
-        chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
-        for row, token, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
+        tokens, logprobs = draw(scores(logits, settings), u)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.tokens.append(token)
             row.logprobs.append(logprob)
             if token in self.chat.stop_ids:

@@ -10,7 +10,7 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from tether.backends.local.draw import draw, log_distribution, uniforms
+from tether.backends.local.draw import draw, scores, uniforms
 from tether.core.protocols import SamplingSettings, Scores
 from tether.core.text import Prompt, Rollout
 from tether.methods.control.roles import Agent
@@ -60,10 +60,8 @@ class Player:
         playing = list(range(len(episodes)))
         for step in range(settings.max_new_tokens):
             seen = torch.tensor([episodes[i].seen[-1] for i in playing])
-            logprobs = log_distribution(self.agent.logits(seen), settings)
-            tokens = draw(logprobs, dice[playing, step])
-            chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
-            for i, token, logprob in zip(playing, tokens.tolist(), chosen, strict=True):
+            tokens, logprobs = draw(scores(self.agent.logits(seen), settings), dice[playing, step])
+            for i, token, logprob in zip(playing, tokens.tolist(), logprobs.tolist(), strict=True):
                 self._act(episodes[i], token, logprob, step)
             last = step + 1 == settings.max_new_tokens
             for i in [i for i in playing if last or episodes[i].finish_reason == "stop"]:

@@ -20,9 +20,9 @@ class Scale:
 
     questions: int = 60
     samples: int = 4
-    ppo_steps: int = 11
+    ppo_steps: int = 14
     unanchored_steps: int = 10
-    ppo_prompts: int = 9
+    ppo_prompts: int = 10
     held_out: int = 64
     reward_epochs: float = 2.0
     dpo_epochs: float = 1.25
@@ -75,12 +75,12 @@ def ppo_config(out: Path, scale: Scale, seed: int, *, anchored: bool) -> RLConfi
         optim=OptimConfig(
             learning_rate=7e-4 if anchored else UNANCHORED["learning_rate"],
             tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
-            schedule="constant",
+            schedule="linear",
             warmup=0,
         ),
         algorithm="ppo",
         overrides={
-            "kl_in_reward": 0.15 if anchored else 0.0,
+            "kl_in_reward": 0.1 if anchored else 0.0,
             "epochs_per_rollout": 1 if anchored else UNANCHORED["epochs_per_rollout"],
             "minibatches": 2,
         },

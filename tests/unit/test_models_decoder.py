@@ -1,0 +1,74 @@
+"""The decoder that is written out: which networks it serves, and that its numbers are theirs."""
+
+import pytest
+import torch
+
+from model_cases import backbone
+from tether.models import linear
+from tether.models.adapters import add_adapter
+from tether.models.backbone import PACKING_PAYS, Backbone
+from tether.models.packed import PackedLayout
+
+pytestmark = pytest.mark.skipif(not linear.SERVES, reason="nothing is packed on this CPU")
+SERVED = ["llama", "llama_tied", "llama_rope_llama3", "qwen2", "qwen3", "granite"]
+NOT_SERVED = [
+    "mistral_window", "qwen2_window", "gemma2", "gemma3", "phi", "olmo2", "olmo3", "olmo_clipped", "smollm3",
+    "cohere2", "gpt2", "deepseek_v3",
+]  # fmt: skip
+
+
+@torch.no_grad()
+def both(ours: Backbone, adapter: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of a packed row by the model itself and by what decodes."""
+    ids = torch.randint(3, 50, (1, 14), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(6), 6, 7, 8, 6, 7, 0, 1, 2]])
+    layout = PackedLayout(blocks=((6, (3, 2)), (3, ())))
+    with ours.decoding(adapter, PACKING_PAYS):
+        found = ours.step(layout, ids, positions)
+        assert (ours._decoder is not None) == bool(ours._decodes)
+    assert ours._decoder is None
+    with linear_as_it_is(ours, adapter):
+        return ours.run_trunk(layout, ids, positions), found
+
+
+def linear_as_it_is(ours: Backbone, adapter: str | None):
+    return ours.decoding(adapter, PACKING_PAYS - 1)
+
+
+@pytest.mark.parametrize("adapter", [None, "policy"])
+@pytest.mark.parametrize("family", SERVED)
+def test_its_numbers_are_the_models(family: str, adapter: str | None):
+    ours = backbone(family)
+    if adapter:
+        add_adapter(ours.hf, adapter, rank=2, alpha=4)
+        for name, parameter in ours.hf.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    expected, found = both(ours, adapter)
+    assert ours._decodes
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", NOT_SERVED)
+def test_another_shape_decodes_through_its_own_layers(family: str):
+    ours = backbone(family)
+    expected, found = both(ours, None)
+    assert not ours._decodes
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_network_that_only_looks_like_a_llama_is_found_out():
+    ours = backbone("llama")
+    layer = ours.hf.base_model.layers[0]
+    layer.register_forward_hook(lambda module, args, out: 1.05 * out)
+    both(ours, None)
+    assert ours._decodes is False
+
+
+def test_it_reads_the_weights_as_they_are_at_each_call():
+    ours = backbone("llama")
+    both(ours, None)
+    with torch.no_grad():
+        ours.hf.base_model.layers[0].mlp.up_proj.weight *= 2
+    expected, found = both(ours, None)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
