@@ -54,7 +54,7 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
             "agreement": {**asdict(found), "said": str(found)},
             "void": void,
             "tokens": {**asdict(tokens), "useful": tokens.useful},
-            "operations": operations(work, tokens, trunk=facts["trunk"], head=facts["head"]),
+            "operations": operations(work, tokens, **{k: facts[k] for k in ("trunk", "head", "attention")}),
             "weight_bytes": 4 * (facts["trunk"] + facts["head"]),
         }
         if void:

@@ -53,11 +53,12 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Useful tokens of a step: every prompt once, and every completion. ``decoded``: those that are drawn, in
-    ``steps`` passes of all rows."""
+    """Useful tokens of a step: every prompt once, and every completion. ``seen``: how many tokens each of them attends
+    to, added up; ``decoded``: those that are drawn, in ``steps`` passes of all rows."""
 
     prompt: int
     completion: int
+    seen: int = 0
     decoded: int = 0
     steps: int = 0
 
@@ -70,20 +71,30 @@ def token_counts(work: Work, prompt_tokens: Sequence[int]) -> Tokens:
     """``prompt_tokens``: of each prompt that is text, as the arm has counted them."""
     spec = work.spec
     if "rows" in spec:
-        completions = sum(len(c) for row in spec["rows"] for c in row["completions"])
-        return Tokens(prompt=sum(len(row["prompt"]) for row in spec["rows"]), completion=completions)
-    drawn = len(spec["prompts"]) * spec["group"] * spec["new_tokens"]
-    return Tokens(prompt=sum(prompt_tokens), completion=drawn, decoded=drawn, steps=spec["new_tokens"])
+        groups = [(len(row["prompt"]), [len(c) for c in row["completions"]]) for row in spec["rows"]]
+        completions = sum(sum(sizes) for _, sizes in groups)
+        return Tokens(prompt=sum(p for p, _ in groups), completion=completions, seen=_seen(groups))
+    each = [spec["new_tokens"]] * spec["group"]
+    drawn = len(spec["prompts"]) * sum(each)
+    seen = _seen([(p, each) for p in prompt_tokens])
+    return Tokens(prompt=sum(prompt_tokens), completion=drawn, seen=seen, decoded=drawn, steps=spec["new_tokens"])
 
 
-def operations(work: Work, tokens: Tokens, *, trunk: int, head: int) -> float:
+def _seen(groups: Sequence[tuple[int, Sequence[int]]]) -> int:
+    """A token sees itself and what is before it; ``groups``: length of a prompt and those of its completions."""
+    return sum(p * (p + 1) // 2 + sum(c * p + c * (c + 1) // 2 for c in sizes) for p, sizes in groups)
+
+
+def operations(work: Work, tokens: Tokens, *, trunk: int, head: int, attention: int = 0) -> float:
     """Floating-point operations that the useful tokens need: 2 a parameter and token forward, 4 more backward; the head
-    on completion tokens alone. Attention's own products, a few per cent here, are not counted."""
+    on completion tokens alone. ``attention``: operations forward for each token that a token sees, which double
+    backward as well."""
     # Drawing is a forward pass as well; PPO trains and scores with two networks of one size.
     passes = 3 * work.trained + work.scored + (1 if tokens.decoded else 0)
     # Of PPO's networks, critic and reward model have no such head: half of what is trained and scored.
     headless = {"reward": passes, "ppo": (3 * work.trained + work.scored) // 2}.get(work.kind, 0)
-    return 2.0 * (passes * tokens.useful * trunk + (passes - headless) * tokens.completion * head)
+    products = 2.0 * (passes * tokens.useful * trunk + (passes - headless) * tokens.completion * head)
+    return products + float(passes * tokens.seen * attention)
 
 
 def ids(generator: random.Random, count: int) -> list[int]:

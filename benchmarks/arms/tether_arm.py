@@ -128,7 +128,14 @@ def agreement(learner: LocalLearner, batch: Batch, loss: Loss) -> dict[str, Any]
 def facts_of(backbone: Backbone) -> dict[str, Any]:
     head = backbone.hf.get_output_embeddings()
     trunk = sum(p.numel() for n, p in backbone.hf.base_model.named_parameters() if "embed_tokens" not in n)
-    return {"trunk": trunk, "head": head.weight.numel() if head is not None else 0, "layout": backbone.mode}
+    config = backbone.config
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    # A score and a weighted sum over the width of all heads, two operations a number each, in every layer.
+    attention = 4 * config.num_hidden_layers * width
+    size = head.weight.numel() if head is not None else 0
+    return {"trunk": trunk, "head": size, "attention": attention, "layout": backbone.mode}
 
 
 class Training:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model_cases import FAMILIES, UNPACKABLE, backbone, plain_twin
+from tether.backends.local import cache
 from tether.backends.local.draw import draw, scores, uniforms
 from tether.backends.local.sampler import LocalSampler
 from tether.core.batches import rollout_batch
@@ -16,15 +17,17 @@ from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
 from tether.models import backbone as module
 from tether.models.adapters import adapter_parameters, add_adapter
+from tether.models.backbone import Backbone
 from tether.models.roles import Policy
 
 LONG = SamplingSettings(max_new_tokens=14)
 
 
 @pytest.fixture(autouse=True)
-def pack_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are packed for completions as short as these, too."""
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed, and caches grow, for completions as short as these, too."""
     monkeypatch.setattr(module, "PACKING_PAYS", 2)
+    monkeypatch.setattr(cache, "FIRST_ROOM", 3)
 
 
 class Letters:
@@ -129,6 +132,22 @@ def test_a_draw_does_not_depend_on_what_shares_the_batch():
     other = sampler(policy, 7, 8).sample(PROMPTS, n=4, settings=LONG, seed=3)
     assert [r.tokens.tolist() for r in other] != [r.tokens.tolist() for r in whole]
     assert len({tuple(r.tokens.tolist()) for r in whole}) > 15
+
+
+@pytest.mark.parametrize(("width", "passes"), [(64, 1), (4, 1), (1, 12)])
+def test_a_prompt_is_computed_once_while_completions_of_it_go_on(width: int, passes: int, monkeypatch):
+    """Twelve rows of one prompt, four at a time: the later ones find what the first have left. One at a time, nobody
+    is left to hold it."""
+    computed, real = [], Backbone.step
+
+    def step(self, layout, ids, positions):
+        computed.extend(layout.lengths if isinstance(layout, cache.PrefillLayout) else ())
+        return real(self, layout, ids, positions)
+
+    monkeypatch.setattr(Backbone, "step", step)
+    stops = range(3, 20)  # enough of them for rows to end at different times
+    rollouts = sampler(None, *stops, width=width).sample(PROMPTS[1:2], n=12, settings=LONG, seed=1)
+    assert len(rollouts) == 12 and computed == [len("a longer prompt")] * passes
 
 
 def test_what_a_rollout_holds():

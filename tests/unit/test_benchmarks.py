@@ -104,9 +104,13 @@ def test_operations_follow_from_useful_tokens():
     assert (tokens.useful, tokens.completion) == (17, 7)
     # Forward 2, backward 4, the reference's forward 2 operations a weight.
     assert operations(dpo, tokens, trunk=100, head=50) == 8 * (17 * 100 + 7 * 50)
+    # Ten tokens see one to ten; three see eleven to thirteen; four see eleven to fourteen.
+    assert tokens.seen == 55 + 36 + 50
+    assert operations(dpo, tokens, trunk=0, head=0, attention=12) == 4 * 141 * 12
     grpo = known["grpo-64"]
     tokens = token_counts(grpo, [240, 241])
     assert (tokens.prompt, tokens.decoded, tokens.steps) == (481, 16 * 64, 64)
+    assert tokens.seen == 240 * 241 // 2 + 241 * 242 // 2 + 8 * (64 * 481 + 2 * 64 * 65 // 2)
     assert operations(grpo, tokens, trunk=1, head=0) == 8 * (481 + 1024)
     sampling = known["sampling-64x32"]
     assert token_counts(sampling, [60] * 8).decoded == 64 * 32
@@ -175,7 +179,7 @@ for line in sys.stdin:
     with open(diary, "a") as file:
         print(name, command["do"], command.get("rest", ""), os.environ.get("OMP_NUM_THREADS"), file=file)
     if command["do"] == "open":
-        answer = {"facts": {"trunk": 100, "head": 50}}
+        answer = {"facts": {"trunk": 100, "head": 50, "attention": 0}}
     elif command["do"] == "agree":
         answer = {"loss": 1.0, "gradient": {"w": [1.0, grad, grad]}, "peak": 10**9}
     else:
