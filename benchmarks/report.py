@@ -25,7 +25,8 @@ both; of sampling, drawn tokens. *Of the ceiling*: operations that the useful to
 included, against a float32 matrix product measured between the pairs; of sampling, the floor of its steps (all weights
 read once, or all rows computed, whichever takes longer) against the time they took. *Peak memory*: Tether / rival, each
 process's high-water mark over the timed steps. A row is marked † where other processes took more than {BUSY:.0%} of a
-core during its pairs, and ‡ where the two sides together nearly filled the memory, so that both gave free memory back between their steps."""
+core during its pairs, and ‡ where the two sides together nearly filled
+the memory, so that both gave free memory back between their steps."""
 
 
 def page(raw: Mapping[str, Any], order: Sequence[str]) -> str:
