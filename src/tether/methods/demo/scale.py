@@ -75,7 +75,7 @@ def ppo_config(out: Path, scale: Scale, seed: int, *, anchored: bool) -> RLConfi
         optim=OptimConfig(
             learning_rate=7e-4 if anchored else UNANCHORED["learning_rate"],
             tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
-            schedule="linear",
+            schedule="linear" if anchored else "constant",
             warmup=0,
         ),
         algorithm="ppo",
