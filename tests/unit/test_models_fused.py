@@ -97,3 +97,20 @@ def test_a_frozen_model_passes_the_gradient_on_alone():
         x = torch.ones(1, 2, ours.config.hidden_size, requires_grad=True)
         module(x).sum().backward()
         assert x.grad is not None and all(p.grad is None for p in module.parameters())
+
+
+@needs_onednn
+def test_under_autocast_what_feeds_a_product_is_rounded_and_the_last_state_is_not():
+    ours, truth = fused("llama")
+    x = torch.randn(1, 6, ours.config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    wide = x.detach().double().requires_grad_(True)
+    for kind in (Norm, GatedMLP):
+        for mine, theirs in by_name(ours, truth, kind):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = mine(x)
+            assert y.dtype == (torch.float32 if mine is ours.norm else torch.bfloat16)
+            z = theirs(wide)
+            gradients = [torch.autograd.grad(t.double().square().sum(), at)[0] for t, at in ((y, x), (z, wide))]
+            for found, expected in ((y, z), gradients):
+                assert (found.double() - expected).norm() < 0.02 * expected.norm()
+            assert gradients[0].dtype == torch.float32

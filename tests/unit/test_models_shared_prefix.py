@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from tether.models import cpu_attention
 from tether.models.shared_prefix import attend
 
 BLOCKS = {
@@ -57,3 +58,21 @@ def test_values_and_gradients(blocks, heads: int, shared: int):
 def test_gradcheck():
     blocks = BLOCKS["all of these"]
     assert gradcheck(lambda q, k, v: attend(q, k, v, blocks, 0.5), inputs(blocks, 2, 1))
+
+
+@pytest.mark.parametrize("room", [cpu_attention.SCORE_BYTES, 0], ids=["scores in the open", "fused"])
+@pytest.mark.parametrize("blocks", [((9, (8, 14, 1)),), ((12, ()), (7, (20,)))], ids=["a group", "causal alone"])
+def test_in_bfloat16_the_error_is_that_of_its_eight_bits(blocks, room: int, monkeypatch):
+    """Of numbers that bfloat16 holds, by the norm of the whole: each way, and the gradients with it."""
+    monkeypatch.setattr(cpu_attention, "SCORE_BYTES", room)
+    mine = [t.detach().bfloat16().requires_grad_(True) for t in inputs(blocks, 6, 2)]
+    q, k, v = theirs = [t.detach().double().requires_grad_(True) for t in mine]
+    scores = 0.7 * q @ k.repeat_interleave(3, 1).mT
+    right = scores.masked_fill(~seen(blocks), float("-inf")).softmax(-1) @ v.repeat_interleave(3, 1)
+    got = attend(*mine, blocks, 0.7)
+    pull = torch.randn(right.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = (got, *torch.autograd.grad(got, mine, pull))
+    expected = (right, *torch.autograd.grad(right, theirs, pull.double()))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).norm() < 0.01 * other.norm()

@@ -104,6 +104,8 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return out, None
+    # Rotation is computed in float32; under autocast what it turned is rounded as the values are.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     if getattr(module, "is_sliding", None) is False:
         window = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tether.models.linear import Linear, product
+from tether.models.linear import Linear, product, rounded_to
 
 # Largest relative difference to a module's own forward at which ours takes its place: rounding.
 SAME = 1e-5
@@ -21,31 +21,31 @@ SAME = 1e-5
 
 def _fits(*tensors: Tensor) -> bool:
     """Whether these are what our functions were written for; everything else takes the module's own way."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-    return plain and not torch.is_autocast_enabled("cpu")
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
 class _RMSNorm(torch.autograd.Function):
     """y = w x̂ with x̂ = x / r, r = sqrt(mean x² + ε) (Zhang 2019, eq. 4); dx = (w g - x̂ mean(w g x̂)) / r, dw = Σ g x̂."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kind: torch.dtype) -> Tensor:  # type: ignore[override]
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (x * inverse).mul_(weight).to(kind)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
+        grad = grad.to(x.dtype)
         unit = x * inverse
         pull = grad * unit
         of_weight = pull.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
-            return None, of_weight, None
+            return None, of_weight, None, None
         mean = (pull @ weight).div_(x.shape[-1])[..., None]
         of_x = torch.mul(grad, weight, out=pull).addcmul_(unit, mean, value=-1).mul_(inverse)
-        return of_x, of_weight, None
+        return of_x, of_weight, None, None
 
 
 class _GatedDown(torch.autograd.Function):
@@ -72,18 +72,21 @@ class _GatedDown(torch.autograd.Function):
 
 
 class Norm:
-    """Mixed into the class of a root-mean-square norm. ``shift``: what its weight is held less of (Gemma: 1)."""
+    """Mixed into the class of a root-mean-square norm. ``shift``: what its weight is held less of (Gemma: 1); ``last``:
+    no matrix product follows, so its output is never rounded for one."""
 
     weight: nn.Parameter
     shift: float
     epsilon: float
+    last: bool
 
     def forward(self, x: Tensor, *rest: Any, **more: Any) -> Tensor:
         if rest or more or not _fits(x, self.weight):
             return super().forward(x, *rest, **more)  # type: ignore[misc]
         # With and without gradient alike: a policy that has not moved is its reference to the last bit.
         weight = self.weight + self.shift if self.shift else self.weight
-        return _RMSNorm.apply(x, weight, self.epsilon)  # type: ignore[return-value]
+        kind = x.dtype if self.last else rounded_to() or x.dtype
+        return _RMSNorm.apply(x, weight, self.epsilon, kind)  # type: ignore[return-value]
 
 
 class GatedMLP:
@@ -95,28 +98,31 @@ class GatedMLP:
 
     def forward(self, x: Tensor) -> Tensor:
         # An adapter on the way down has to see h itself.
-        if not (type(self.down_proj) is Linear and torch.is_grad_enabled() and _fits(x, self.down_proj.weight)):
-            return super().forward(x)  # type: ignore[misc]
         down = self.down_proj
-        return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), down.weight, down.bias)  # type: ignore[return-value]
+        if not (type(down) is Linear and torch.is_grad_enabled() and _fits(down.weight)):
+            return super().forward(x)  # type: ignore[misc]
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        weight, bias = down.weight.to(gate.dtype), None if down.bias is None else down.bias.to(gate.dtype)
+        return _GatedDown.apply(gate, up, weight, bias)  # type: ignore[return-value]
 
 
 def use_fused(model: nn.Module) -> None:
     """Every norm and gated layer of ``model`` that is served: the same parameters under the same names."""
+    trunk = getattr(model, "base_model", model)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            _serve_norm(module)
+            _serve_norm(module, last=module is getattr(trunk, "norm", None))
         elif all(isinstance(getattr(module, f"{name}_proj", None), Linear) for name in ("gate", "up", "down")):
             _serve(module, GatedMLP, int(module.gate_proj.in_features))  # type: ignore[union-attr]
 
 
-def _serve_norm(module: nn.Module) -> None:
+def _serve_norm(module: nn.Module, *, last: bool) -> None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weight = getattr(module, "weight", None)
     if not isinstance(epsilon, float) or weight is None or weight.dim() != 1:
         return
     for shift in (0.0, 1.0):
-        module.shift, module.epsilon = shift, epsilon  # type: ignore[assignment]
+        module.shift, module.epsilon, module.last = shift, epsilon, last  # type: ignore[assignment]
         if _serve(module, Norm, len(weight)):
             return
 

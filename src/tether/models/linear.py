@@ -35,17 +35,27 @@ def onednn_serves() -> bool:
 
 
 SERVES = onednn_serves()
+# Types that oneDNN computes in by instructions of their own: bfloat16 where the processor has its dot product.
+_TYPES = (torch.float32, torch.bfloat16) if torch.cpu._is_avx512_bf16_supported() else (torch.float32,)
 
 
-def _served(*tensors: Tensor | None) -> bool:
+def rounded_to() -> torch.dtype | None:
+    """The type that autocast gives matrix products on a CPU at this moment; None outside of it."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether products of these go to oneDNN."""
     given = [t for t in tensors if t is not None]
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
-    return SERVES and plain and not torch.is_autocast_enabled("cpu") and all(t.numel() for t in given)
+    kind = given[0].dtype
+    plain = all(t.dtype == kind and t.device.type == "cpu" for t in given)
+    return SERVES and kind in _TYPES and plain and all(t.numel() for t in given)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b: [..., i], [o, i], [o] -> [..., o]; outside of autograd where it is oneDNN's."""
-    if _served(x, weight, bias):
+    """x Wᵀ + b: [..., i], [o, i], [o] -> [..., o] in the type that they have; outside of autograd where it is
+    oneDNN's."""
+    if serves(x, weight, bias):
         return _onednn(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -79,10 +89,12 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.packed is not None and not torch.is_grad_enabled() and _served(input):
+        if self.packed is not None and not torch.is_grad_enabled() and serves(input):
             return _onednn(input, self.packed, self.bias)
-        if _served(input, self.weight, self.bias):
-            return _Linear.apply(input, self.weight, self.bias)  # type: ignore[return-value]
+        kind = rounded_to() or input.dtype
+        x, weight, bias = input.to(kind), self.weight.to(kind), None if self.bias is None else self.bias.to(kind)
+        if serves(x, weight, bias):
+            return _Linear.apply(x, weight, bias)  # type: ignore[return-value]
         return super().forward(input)
 
 
@@ -97,7 +109,7 @@ def use_fast_linear(model: nn.Module) -> None:
 
 def packs(layer: nn.Module) -> bool:
     """Whether ``packed_weights`` reaches a layer."""
-    return isinstance(layer, Linear) and _served(layer.weight)
+    return isinstance(layer, Linear) and serves(layer.weight)
 
 
 def packing_fits(model: nn.Module) -> bool:

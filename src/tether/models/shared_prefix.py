@@ -14,38 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tether.models import cpu_attention
 from tether.models.attention import join
 
 Blocks = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-
-
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    shared = k.shape[1]
-    repeat = q.shape[1] // shared
-
-    def apart(t: Tensor) -> Tensor:
-        """[1, H, ...] -> [H / H_kv, H_kv, ...]: query heads that share a key head as a batch, which the kernel spreads
-        over more threads than one piece of work for each key head."""
-        return t.unflatten(1, (shared, repeat))[0].transpose(0, 1)
-
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        apart(grad),
-        apart(q),
-        k.expand(repeat, -1, -1, -1),
-        v.expand(repeat, -1, -1, -1),
-        apart(out),
-        apart(log_sum),
-        0.0,
-        causal,
-        scale=scale,
-    )
-    return dq.transpose(0, 1).flatten(0, 1)[None], dk.sum(0, keepdim=True), dv.sum(0, keepdim=True)
 
 
 def _spans(blocks: Blocks) -> Iterator[tuple[slice, slice, list[slice]]]:
@@ -74,13 +46,13 @@ class _SharedPrefix(torch.autograd.Function):
         log_sum = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for prompt, completions, each in _spans(blocks):
             kp, vp = k[:, :, prompt], v[:, :, prompt]
-            out[:, :, prompt], log_sum[:, :, prompt] = _forward(q[:, :, prompt], kp, vp, True, scale)
+            out[:, :, prompt], log_sum[:, :, prompt] = cpu_attention.forward(q[:, :, prompt], kp, vp, True, scale)
             if not each:
                 continue
-            seen, seen_sum = _forward(q[:, :, completions], kp, vp, False, scale)
+            seen, seen_sum = cpu_attention.forward(q[:, :, completions], kp, vp, False, scale)
             start = completions.start
             for piece in each:
-                own, own_sum = _forward(q[:, :, piece], k[:, :, piece], v[:, :, piece], True, scale)
+                own, own_sum = cpu_attention.forward(q[:, :, piece], k[:, :, piece], v[:, :, piece], True, scale)
                 there = slice(piece.start - start, piece.stop - start)
                 out[:, :, piece] = join(own, own_sum, seen[:, :, there], seen_sum[:, :, there])
                 log_sum[:, :, piece] = torch.logaddexp(own_sum, seen_sum[:, :, there])
@@ -94,7 +66,7 @@ class _SharedPrefix(torch.autograd.Function):
         of_q, of_k, of_v = (torch.empty_like(t) for t in (q, k, v))
 
         def part(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return _backward(
+            return cpu_attention.backward(
                 grad[:, :, queries],
                 q[:, :, queries],
                 k[:, :, keys],
