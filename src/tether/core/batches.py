@@ -45,9 +45,9 @@ class Group:
 
 
 def pad_rows(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
-    """Stack 1-D rows of different lengths into [B, T], zeros (False) after each row's end."""
+    """Stack rows [C_i] or [C_i, k] of any lengths into [B, T] or [B, T, k], zeros (False) after the end of each."""
     width = max((len(r) for r in rows), default=0) if width is None else width
-    out = torch.zeros(len(rows), width, dtype=rows[0].dtype, device=rows[0].device)
+    out = torch.zeros(len(rows), width, *rows[0].shape[1:], dtype=rows[0].dtype, device=rows[0].device)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
@@ -198,14 +198,17 @@ class PolicyBatch(Batch):
 class Outputs:
     """What a forward pass says about a batch, prompt-free: losses see this and nothing else of the model.
 
-    ``logprobs`` [B, T] of the completion tokens; ``entropy`` [B, T] nats; ``values`` [B, T] (critic: the value of the
-    state *before* token t); ``token_scores`` [B, T] (reward model: of the state *at* token t); ``scores`` [B] (reward
-    model: one for the completion, at the last token present unless it reads otherwise); ``head_scores`` [B, K] (reward
-    model of K heads, whose mean the others are). Absent parts are None.
+    ``logprobs`` [B, T] of the completion tokens; ``entropy`` [B, T] nats; ``top_logprobs`` [B, T, k] without gradient
+    and ``top_tokens`` [B, T, k] int64: the k most likely tokens in each place, most likely first; ``values`` [B, T]
+    (critic: the value of the state *before* token t); ``token_scores`` [B, T] (reward model: of the state *at* token
+    t); ``scores`` [B] (reward model: one for the completion, at the last token present unless it reads otherwise);
+    ``head_scores`` [B, K] (reward model of K heads, whose mean the others are). Absent parts are None.
     """
 
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_tokens: Tensor | None = None
     values: Tensor | None = None
     scores: Tensor | None = None
     token_scores: Tensor | None = None

@@ -15,7 +15,7 @@ from tether.core.errors import UserError
 from tether.models import attention, linear
 from tether.models.adapters import active, adapted, folded, low_rank
 from tether.models.decoder import Decoder, llama_shaped
-from tether.models.logprobs import token_logprobs
+from tether.models.logprobs import HeadOutputs, token_logprobs
 from tether.models.packed import PackedLayout, pack
 
 Mode = Literal["packed", "padded"]
@@ -148,9 +148,17 @@ class Backbone:
         return Hidden(predicts=torch.cat(predicts), last=states[torch.arange(len(rows), device=ids.device), sizes - 1])
 
     def head(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float, entropy: bool, adapter: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [K] of ``targets`` [K] under the language-model head (and ``adapter`` on it)."""
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float,
+        entropy: bool,
+        adapter: str | None = None,
+        top_k: int | None = None,
+    ) -> HeadOutputs:
+        """Log-probs and entropies [K] of ``targets`` [K], and the ``top_k`` most likely tokens in their places, under
+        the language-model head (and ``adapter`` on it)."""
         output = self.hf.get_output_embeddings()
         states, weight, bias = hidden, output.weight, getattr(output, "bias", None)
         if self.autocast is not None:
@@ -167,6 +175,7 @@ class Backbone:
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             entropy=entropy,
+            top_k=top_k,
         )
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ log Z is known, so every part gives its share of the gradients by itself and tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ BLOCK_ROWS, BLOCK_COLUMNS = 2048, 256
 # Bytes of logits that a forward pass may keep for its backward, which otherwise makes them again: a quarter of the
 # head's products. Few by default, because memory is what most often ends a run.
 KEEP_BYTES = 64 * 2**20
+
+
+class HeadOutputs(NamedTuple):
+    """What the language-model head says of K tokens.
+
+    ``logprobs`` [K] and ``entropy`` [K] in nats; ``top_logprobs`` [K, k] and ``top_tokens`` [K, k] int64: the k most
+    likely tokens at each position, most likely first; of equally likely ones, any. No gradient goes through these two.
+    What was not asked for: zeros, and k = 0.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    top_logprobs: Tensor
+    top_tokens: Tensor
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
@@ -61,9 +75,17 @@ def _inside(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     return rows, targets[rows] - part.start
 
 
+def _with_part(best: tuple[Tensor, Tensor], logits: Tensor, part: slice, top_k: int) -> tuple[Tensor, Tensor]:
+    """The largest logits [n, <= top_k] of the parts so far and their tokens -> those with ``part`` among them."""
+    values, tokens = logits.topk(min(top_k, logits.shape[1]), dim=-1)
+    values, tokens = torch.cat([best[0], values], dim=1), torch.cat([best[1], tokens + part.start], dim=1)
+    values, at = values.topk(min(top_k, values.shape[1]), dim=-1)
+    return values, tokens.gather(1, at)
+
+
 class _TokenLogProbs(torch.autograd.Function):
-    """log p(y) and entropy H of softmax(scale · cap(h Wᵀ + b + l Uᵀ)); the backward makes the logits again, or reads
-    them where they were few enough to be kept."""
+    """log p(y), entropy H and the most likely tokens of softmax(scale · cap(h Wᵀ + b + l Uᵀ)); the backward makes the
+    logits again, or reads them where they were few enough to be kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -77,14 +99,18 @@ class _TokenLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         want_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
+        top_k: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kind = torch.promote_types(hidden.dtype, torch.float32)
         chosen = torch.empty(len(hidden), dtype=kind, device=hidden.device)
         log_z, entropy = torch.empty_like(chosen), torch.zeros_like(chosen)
+        top_logprobs = chosen.new_empty(len(hidden), top_k)
+        top_tokens = torch.empty_like(top_logprobs, dtype=torch.long)
         size = len(hidden) * len(weight) * kind.itemsize
         kept: list[Tensor] | None = [] if any(ctx.needs_input_grad) and size <= KEEP_BYTES else None
         for rows in _slices(len(hidden), BLOCK_ROWS):
             sums, means = [], []
+            best = top_logprobs[rows, :0], top_tokens[rows, :0]
             for part in _parts(rows, len(weight)):
                 logits = _logits(
                     hidden[rows], weight[part], _cut(bias, part), _cut(low, rows), _cut(up, part), scale, softcap
@@ -94,21 +120,23 @@ class _TokenLogProbs(torch.autograd.Function):
                 sums.append(logits.logsumexp(dim=-1))
                 if kept is not None:
                     kept.append(logits)
+                if top_k:
+                    best = _with_part(best, logits, part, top_k)
                 if want_entropy:
                     means.append((logits - sums[-1][:, None]).exp_().mul_(logits).sum(dim=-1))
             by_part = torch.stack(sums)
             log_z[rows] = by_part.logsumexp(dim=0)
+            top_logprobs[rows], top_tokens[rows] = best[0] - log_z[rows, None], best[1]
             if want_entropy:
                 # H = log Z - E[logit], and E[logit] is the mean of the parts' means by their probabilities.
                 entropy[rows] = log_z[rows] - ((by_part - log_z[rows]).exp() * torch.stack(means)).sum(dim=0)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_z, entropy)
         ctx.scale, ctx.softcap, ctx.want_entropy, ctx.kept = scale, softcap, want_entropy, kept
-        if not want_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return chosen - log_z, entropy
+        ctx.mark_non_differentiable(top_logprobs, top_tokens, *(() if want_entropy else (entropy,)))
+        return chosen - log_z, entropy, top_logprobs, top_tokens
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, low, up, targets, log_z, entropy = ctx.saved_tensors
         inputs = (hidden, weight, bias, low, up)
         grads = [
@@ -149,7 +177,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 if of_up is not None and a is not None:
                     of_up[part] += grad.t().to(a.dtype) @ a
         made = (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
-        return (*made, None, None, None, None)
+        return (*made, None, None, None, None, None)
 
 
 def token_logprobs(
@@ -163,14 +191,19 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log p(targets | hidden) under softmax(logit_scale · hidden Wᵀ / temperature), and its entropy.
+    top_k: int | None = None,
+) -> HeadOutputs:
+    """log p(targets | hidden) under softmax(logit_scale · hidden Wᵀ / temperature), its entropy, and its ``top_k``
+    most likely tokens.
 
-    ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> ([K], [K]) nats, float32 (float64 of a
-    float64 model). Entropies are zeros where they were not asked for. ``low_rank``: l [K, r] and U [V, r] of an adapter
-    on the head, which adds l Uᵀ to the logits.
+    ``hidden`` [K, d]; ``weight`` [V, d]; ``targets`` [K] -> nats in float32 (float64 of a float64 model). ``low_rank``:
+    l [K, r] and U [V, r] of an adapter on the head, which adds l Uᵀ to the logits. Raises ValueError where ``top_k`` is
+    not from 1 to V.
     """
+    if top_k is not None and not 1 <= top_k <= len(weight):
+        raise ValueError(f"top_k is {top_k}: give 1 to {len(weight)} (the whole vocabulary), or None for no such list")
     low, up = low_rank or (None, None)
     # Scale and soft cap don't commute; but families that cap (Gemma) don't scale, and those that scale don't cap.
     scale = logit_scale / temperature
-    return _TokenLogProbs.apply(hidden, weight, bias, low, up, targets, scale, softcap, entropy)  # type: ignore[return-value]
+    made = _TokenLogProbs.apply(hidden, weight, bias, low, up, targets, scale, softcap, entropy, top_k or 0)
+    return HeadOutputs(*made)  # type: ignore[misc]

@@ -17,8 +17,10 @@ from tether.models.reading import LAST, Reading
 
 
 def _per_token(flat: Tensor, batch: Batch) -> Tensor:
-    """[K] values of the present tokens -> [B, T], zeros elsewhere."""
-    return torch.zeros(batch.tokens.shape, dtype=flat.dtype, device=flat.device).masked_scatter(batch.present, flat)
+    """[K] or [K, k] values of the present tokens -> [B, T] or [B, T, k], zeros elsewhere."""
+    each = flat.shape[1:]
+    present = batch.present.view(*batch.tokens.shape, *(1 for _ in each))
+    return torch.zeros(*batch.tokens.shape, *each, dtype=flat.dtype, device=flat.device).masked_scatter(present, flat)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,18 +41,25 @@ class Policy:
             return adapter_parameters(self.backbone.hf, self.adapter)
         return {n: p for n, p in self.backbone.hf.named_parameters() if ".lora_" not in n}
 
-    def read(self, hidden: Hidden, batch: Batch, *, entropy: bool) -> Outputs:
-        logprobs, entropies = self.backbone.head(
+    def read(self, hidden: Hidden, batch: Batch, *, entropy: bool, top_k: int | None = None) -> Outputs:
+        found = self.backbone.head(
             hidden.predicts,
             batch.tokens[batch.present],
             temperature=self.temperature,
             entropy=entropy,
             adapter=self.adapter,
+            top_k=top_k,
         )
-        return Outputs(logprobs=_per_token(logprobs, batch), entropy=_per_token(entropies, batch) if entropy else None)
+        return Outputs(
+            logprobs=_per_token(found.logprobs, batch),
+            entropy=_per_token(found.entropy, batch) if entropy else None,
+            top_logprobs=_per_token(found.top_logprobs, batch) if top_k else None,
+            top_tokens=_per_token(found.top_tokens, batch) if top_k else None,
+        )
 
-    def __call__(self, batch: Batch, *, entropy: bool = False) -> Outputs:
-        return self.read(self.backbone.hidden(batch, self.adapter), batch, entropy=entropy)
+    def __call__(self, batch: Batch, *, entropy: bool = False, top_k: int | None = None) -> Outputs:
+        """``top_k``: with the k most likely tokens in each place, and their log-probs (without gradient)."""
+        return self.read(self.backbone.hidden(batch, self.adapter), batch, entropy=entropy, top_k=top_k)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,10 +108,8 @@ class Scorer:
         logprobs = None
         if self.language:
             targets = batch.tokens[batch.present]
-            found, _ = self.backbone.head(
-                hidden.predicts, targets, temperature=1.0, entropy=False, adapter=self.adapter
-            )
-            logprobs = _per_token(found, batch)
+            found = self.backbone.head(hidden.predicts, targets, temperature=1.0, entropy=False, adapter=self.adapter)
+            logprobs = _per_token(found.logprobs, batch)
         return Outputs(logprobs=logprobs, values=before, scores=scores, token_scores=at, head_scores=heads)
 
     def _read(self, predicts: Tensor, last: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

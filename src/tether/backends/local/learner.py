@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from tether.core.metrics import Mean, Metrics, merge
 from tether.core.protocols import Loss
 from tether.data.batching import micro_batches
 from tether.models.adapters import dropout_on
-from tether.models.roles import ActorCritic, Role
+from tether.models.roles import ActorCritic, Policy, Role
 from tether.models.work import training_work
 
 
@@ -163,12 +163,22 @@ class LocalLearner:
 
 
 @torch.no_grad()
-def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: bool = False) -> Outputs:
-    """Outputs of ``role`` on ``batch`` in micro-batches, in the batch's own order, without gradient."""
-    parts = [
-        (rows, role(batch.select(rows).to(role.device), entropy=entropy))
-        for rows in micro_batches(batch, tokens_per_micro_batch)
-    ]
+def evaluate(
+    role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: bool = False, top_k: int | None = None
+) -> Outputs:
+    """Outputs of ``role`` on ``batch`` in micro-batches, in the batch's own order, without gradient.
+
+    Raises ValueError where ``top_k``, the most likely tokens in each place, is asked of another role than a policy.
+    """
+
+    def read(part: Batch) -> Outputs:
+        if top_k is None:
+            return role(part, entropy=entropy)
+        if not isinstance(role, Policy):
+            raise ValueError(f"top_k: a {type(role).__name__} has no most likely tokens; give a Policy")
+        return role(part, entropy=entropy, top_k=top_k)
+
+    parts = [(rows, read(batch.select(rows).to(role.device))) for rows in micro_batches(batch, tokens_per_micro_batch)]
     width = batch.tokens.shape[1]
 
     def gather(name: str) -> Tensor | None:
@@ -180,8 +190,7 @@ def evaluate(role: Role, batch: Batch, tokens_per_micro_batch: int, *, entropy: 
                 out[row] = value
         return torch.stack(out) if name in ("scores", "head_scores") else pad_rows(out, width)
 
-    names = ("logprobs", "entropy", "values", "scores", "token_scores", "head_scores")
-    return Outputs(**{name: gather(name) for name in names})
+    return Outputs(**{f.name: gather(f.name) for f in fields(Outputs)})
 
 
 def packed_tokens(batch: Batch) -> int:
