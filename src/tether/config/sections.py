@@ -105,6 +105,11 @@ class SamplingConfig(Section):
     top_k: int = Field(default=0, ge=0, description="0: off")
     max_new_tokens: int = Field(default=128, ge=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    autocast: Literal["off", "bfloat16"] = Field(
+        default="off",
+        description="bfloat16: draw from weights rounded to it, in less time and memory; a learner in float32 then "
+        "scores each completion anew, because its log-probs differ (sampler/gap)",
+    )
 
     def settings(self) -> SamplingSettings:
         return SamplingSettings(**self.model_dump())

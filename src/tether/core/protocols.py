@@ -76,13 +76,15 @@ class Reward(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How completions are drawn. ``top_k=0`` and ``top_p=1`` switch the cut off; ``temperature=0`` is greedy."""
+    """How completions are drawn. ``top_k=0`` and ``top_p=1`` switch the cut off; ``temperature=0`` is greedy.
+    ``autocast``: the type of the matrix products, where it is not that of the weights ("bfloat16"; "off": it is)."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
+    autocast: str = "off"
 
 
 class Sampler(Protocol):

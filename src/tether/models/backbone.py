@@ -52,7 +52,7 @@ class Backbone:
     mode: Mode = "packed"
     notes: list[str] = field(default_factory=list)
     # Type of the matrix products of ``hidden`` and ``head``, where it is another than that of the weights. The sampler
-    # keeps to the weights' own: a decode step waits for memory, and reading weights to round them takes longer.
+    # has its own (``decoding``).
     autocast: torch.dtype | None = None
     # What the sampler's passes run on inside ``decoding``, where this network has the shape for it.
     _decoder: Decoder | None = None
@@ -179,18 +179,29 @@ class Backbone:
         )
 
     @contextlib.contextmanager
-    def decoding(self, adapter: str | None, steps: int) -> Iterator[None]:
-        """For the sampler: the passes inside run under ``adapter``; for many ``steps`` of them from weights that are
-        packed once, the adapter folded in, where this CPU has such a thing for every layer that is adapted, and the
-        memory for it."""
+    def decoding(self, adapter: str | None, steps: int, rounded_to: torch.dtype | None = None) -> Iterator[None]:
+        """For the sampler: the passes inside run under ``adapter``, their matrix products in ``rounded_to`` where it is
+        given; for many ``steps`` of them from weights that are packed once, the adapter folded in, where this CPU has
+        such a thing for every layer that is adapted, and the memory for it."""
+        rounded = torch.autocast(self.device.type, dtype=rounded_to, enabled=rounded_to is not None)
+        with rounded, self._packed_for_decoding(adapter, steps, rounded_to or self.dtype):
+            yield
+
+    @contextlib.contextmanager
+    def _packed_for_decoding(self, adapter: str | None, steps: int, kind: torch.dtype) -> Iterator[None]:
         packs = linear.SERVES and steps >= PACKING_PAYS and linear.packing_fits(self.hf)
         if not packs or not all(linear.packs(m) for m in adapted(self.hf, adapter)):
             with active(self.hf, adapter):
                 yield
             return
-        weight_of = folded(self.hf, adapter)
-        with torch.no_grad():
-            decoder = self._written_out(weight_of, adapter)
+        own = folded(self.hf, adapter)
+
+        def weight_of(layer: nn.Linear) -> Tensor:
+            return own(layer).to(kind)
+
+        if self._decodes is None:
+            self._decodes = self._written_out_agrees(own, adapter)
+        decoder = Decoder(self.hf.base_model, weight_of) if self._decodes else None
         with (
             active(self.hf, None),
             linear.packed_weights(self.hf if decoder is None else self.hf.get_output_embeddings(), weight_of),
@@ -201,19 +212,18 @@ class Backbone:
             finally:
                 self._decoder = None
 
-    def _written_out(self, weight_of: Callable[[nn.Linear], Tensor], adapter: str | None) -> Decoder | None:
-        """A decoder with the numbers of ``run_trunk``, which is tried once; None where there is none."""
-        if self._decodes is False or not llama_shaped(self.hf.base_model):
-            return None
-        decoder = Decoder(self.hf.base_model, weight_of)
-        if self._decodes is None:
-            ids = torch.arange(12, device=self.device)[None] % self.config.vocab_size
-            inputs = (PackedLayout(blocks=((5, (4, 3)),)), ids, torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]]))
-            with active(self.hf, adapter):
-                expected = self.run_trunk(*inputs)
-            gap = (decoder(*inputs) - expected).abs().max() / expected.abs().mean()
-            self._decodes = float(gap) < PACKED_TOLERANCE[self.dtype] * 10
-        return decoder if self._decodes else None
+    @torch.no_grad()
+    def _written_out_agrees(self, weight_of: Callable[[nn.Linear], Tensor], adapter: str | None) -> bool:
+        """Whether ``Decoder`` gives what ``run_trunk`` does, tried with nothing rounded."""
+        if not llama_shaped(self.hf.base_model):
+            return False
+        ids = torch.arange(12, device=self.device)[None] % self.config.vocab_size
+        inputs = (PackedLayout(blocks=((5, (4, 3)),)), ids, torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]]))
+        with torch.autocast(self.device.type, enabled=False), active(self.hf, adapter):
+            expected = self.run_trunk(*inputs)
+            found = Decoder(self.hf.base_model, weight_of)(*inputs)
+        gap = (found - expected).abs().max() / expected.abs().mean()
+        return float(gap) < PACKED_TOLERANCE[self.dtype] * 10
 
     def step(self, layout: attention.Layout, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """``run_trunk`` for the sampler, inside ``decoding``."""

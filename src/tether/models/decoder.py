@@ -37,13 +37,16 @@ class _Layer:
     down: tuple[Tensor, Tensor | None]
 
 
-def _linear(x: Tensor, packed: tuple[Tensor, Tensor | None], then: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, *packed, then, [], "")
+def _linear(x: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+    """x Wᵀ + b in the type of the weight."""
+    return torch.ops.mkldnn._linear_pointwise(x.to(packed[0].dtype), *packed, "none", [], "")
 
 
-def _linear_with(x: Tensor, other: Tensor, packed: tuple[Tensor, Tensor | None], how: str) -> Tensor:
-    """x Wᵀ + b, then added to ``other`` or multiplied by it."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, *packed, how)
+def _added(x: Tensor, other: Tensor, packed: tuple[Tensor, Tensor | None]) -> Tensor:
+    """x Wᵀ + b + ``other``, in the type of ``other``."""
+    if other.dtype != packed[0].dtype:
+        return other + _linear(x, packed)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, *packed, "add")
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
@@ -89,8 +92,9 @@ class Decoder:
         def packed(*modules: Any) -> tuple[Tensor, Tensor | None]:
             linears = [getattr(m, "base_layer", m) for m in modules]
             biases = [m.bias for m in linears]
-            bias = None if biases[0] is None else torch.cat(biases).detach()
-            return pack(torch.cat([weight_of(m).detach() for m in linears])), bias
+            weight = torch.cat([weight_of(m).detach() for m in linears])
+            bias = None if biases[0] is None else torch.cat(biases).detach().to(weight.dtype)
+            return pack(weight), bias
 
         attention, mlp = layer.self_attn, layer.mlp
         self.heads, self.shared = (
@@ -121,7 +125,8 @@ class Decoder:
 
     def _run(self, layer: _Layer, layout: Layout, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, n, _ = x.shape
-        heads = _linear(_normed(x, layer.before_attention), layer.qkv).view(b, n, -1, self.depth)
+        # Attention, like the sum over the layers, is computed in the type of the network, whatever the weights have.
+        heads = _linear(_normed(x, layer.before_attention), layer.qkv).to(x.dtype).view(b, n, -1, self.depth)
         turning, v = heads.split((self.heads + self.shared, self.shared), dim=2)
         if layer.head_norms is not None:
             parts = turning.split((self.heads, self.shared), dim=2)
@@ -129,6 +134,6 @@ class Decoder:
         turned = (turning * cos).addcmul_(turning.roll(self.depth // 2, dims=-1), sin)
         q, k = turned.transpose(1, 2).split((self.heads, self.shared), dim=1)
         seen = layout.attend(layer.number, q, k, v.transpose(1, 2), scale=self.scale, window=None, softcap=None)
-        x = _linear_with(seen.transpose(1, 2).reshape(b, n, -1), x, layer.out, "add")
+        x = _added(seen.transpose(1, 2).reshape(b, n, -1), x, layer.out)
         gate, up = _linear(_normed(x, layer.before_mlp), layer.gate_up).chunk(2, dim=-1)
-        return _linear_with(silu(gate).mul_(up), x, layer.down, "add")
+        return _added(silu(gate).mul_(up), x, layer.down)

@@ -90,7 +90,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is not None and not torch.is_grad_enabled() and serves(input):
-            return _onednn(input, self.packed, self.bias)
+            x = input.to(self.packed.dtype)
+            return _onednn(x, self.packed, None if self.bias is None else self.bias.to(x.dtype))
         kind = rounded_to() or input.dtype
         x, weight, bias = input.to(kind), self.weight.to(kind), None if self.bias is None else self.bias.to(kind)
         if serves(x, weight, bias):

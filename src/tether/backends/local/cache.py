@@ -58,7 +58,9 @@ class DecodeLayout:
     new one not yet counted.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, longest: int) -> None:
+        """``longest``: most tokens that a row will hold."""
+        self.longest = longest
         self.prompt_keys: list[Tensor] = []
         self.prompt_values: list[Tensor] = []
         self.keys: list[Tensor] = []
@@ -86,10 +88,13 @@ class DecodeLayout:
         self.prompt_lengths = torch.cat([self.prompt_lengths, self.prompt_lengths.new_tensor(prefill.lengths)])
         for held, prompts in ((self.keys, self.prompt_keys), (self.values, self.prompt_values)):
             for layer, prompt in enumerate(prompts):
-                if layer == len(held):
-                    held.append(prompt.new_zeros(0, prompt.shape[1], FIRST_ROOM, prompt.shape[3]))
-                own = held[layer]
-                held[layer] = torch.cat([own, own.new_zeros(len(prompt_of), *own.shape[1:])])
+                first = layer == len(held)
+                room = min(FIRST_ROOM, self.longest) if first else held[layer].shape[2]
+                empty = prompt.new_zeros(len(prompt_of), prompt.shape[1], room, prompt.shape[3])
+                if first:
+                    held.append(empty)
+                else:
+                    held[layer] = torch.cat([held[layer], empty])
         self.prompt_of = torch.cat([self.prompt_of, self.prompt_of.new_tensor(prompt_of)])
         self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(len(prompt_of))])
         self._arrange()

@@ -108,7 +108,8 @@ class LocalSampler:
         if not rows:
             return []
         steps = max(len(row.uniforms) for row in rows)
-        with self.policy.backbone.decoding(self.policy.adapter, steps):
+        rounded_to = torch.bfloat16 if settings.autocast == "bfloat16" else None
+        with self.policy.backbone.decoding(self.policy.adapter, steps, rounded_to):
             if self.policy.backbone.mode == "packed":
                 self._run(rows, settings)
             else:
@@ -120,7 +121,8 @@ class LocalSampler:
     def _run(self, rows: list[Row], settings: SamplingSettings) -> None:
         waiting = deque(rows)
         width = min(self.width, len(rows))
-        running = Running(cache=DecodeLayout(self.policy.backbone.device))
+        longest = max(len(row.uniforms) for row in rows)
+        running = Running(cache=DecodeLayout(self.policy.backbone.device, longest))
         while waiting or any(running.rows):
             idle = width - sum(row is not None for row in running.rows)
             # A prefill costs a pass of its own, so wait until a quarter of the batch is free (or everything is).
