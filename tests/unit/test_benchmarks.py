@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_names_that_begin_alike_are_chosen_together():
 def test_the_command_that_is_written_down_names_no_path():
     given = ["--only", "dpo", "--trl-python", "/somewhere/python", "--busy"]
     assert bench.command(given) == 'make bench ARGS="--only dpo --busy"'
-    assert bench.command(["--trl-python=/somewhere/python"]) == "make bench"
+    assert bench.command(["--trl-python=/somewhere/python", "--vllm-python", "/else/python"]) == "make bench"
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
@@ -292,6 +293,28 @@ def test_a_part_of_the_table_updates_its_own_rows(quiet_bench: Path):
     assert "--only reward,dpo-2 --pairs 3" in page and "OMP_NUM_THREADS" in page
 
 
+def test_rows_against_vllm_say_that_it_is_missing_and_the_table_goes_on(
+    quiet_bench: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def starter(options: Any, folder: str) -> Callable[[str], Process]:
+        start = fake_start(quiet_bench)
+        return lambda arm: start(arm) if arm != "vllm_arm" else start(bench.interpreter(arm, options))
+
+    monkeypatch.setattr(bench, "starter", starter)
+    missing = ["--vllm-python", str(quiet_bench / "nowhere")]
+    # TRL's row comes first in the table; vLLM's are done before it here.
+    monkeypatch.setattr(bench, "works", lambda: {name: works()[name] for name in ("vllm-16x64", "reward")})
+    assert bench.main(["--pairs", "1", *missing]) == 0
+    rows = json.loads((quiet_bench / "results.json").read_text())["rows"]
+    said = rows["vllm-16x64"]["best"]["void"]
+    assert said.startswith("failed: vllm_arm: vLLM is not installed") and "make bench" in said and "\n" not in said
+    assert str(quiet_bench) not in said and rows["reward"]["best"]["pairs"] == [[2.0, 6.0]]
+    there = quiet_bench / "python"
+    there.touch()
+    assert bench.interpreter("vllm_arm", bench.arguments(["--vllm-python", str(there)])) == str(there)
+    assert bench.interpreter("plain_arm", bench.arguments(missing)) == sys.executable
+
+
 def test_a_busy_machine_writes_nothing(quiet_bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(machine, "quiet", lambda: 1.5)
     assert bench.main(["--only", "reward"]) == 2
@@ -387,3 +410,66 @@ def test_the_sampler_draws_from_the_plain_models_distribution(tiny_folder: str):
     drawn = tether_arm.Sampling(work).agree({})
     assert [len(row) for row in drawn["tokens"]] == [3, 3]
     assert not agreement(drawn, plain_arm.Sampling(work).agree(drawn), rounded=GENERATE.rounded).void
+
+
+class FakeVLLM:
+    """An engine with vLLM's manners: log-probs of every prompt token but the first, each among candidates."""
+
+    def __init__(self, model: str, max_model_len: int, **options: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.options, self.longest, self.asked, self.resets = options, max_model_len, [], 0
+
+    def reset_prefix_cache(self) -> bool:
+        self.resets += 1
+        return True
+
+    @torch.no_grad()
+    def generate(self, prompts: Any, params: Any, use_tqdm: bool) -> list[Any]:
+        self.asked.append(params)
+        assert all(len(p["prompt_token_ids"]) + params.max_tokens <= self.longest for p in prompts)
+        return [self.answer(p["prompt_token_ids"], params) for p in prompts]
+
+    def answer(self, ids: list[int], params: Any) -> Any:
+        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        scored = [{t: SimpleNamespace(logprob=float(logprobs[i, t])), 0: SimpleNamespace(logprob=1.0)}
+                  if t else {t: SimpleNamespace(logprob=float(logprobs[i, t]))}
+                  for i, t in enumerate(ids[1:])]  # fmt: skip
+        drawn = [SimpleNamespace(token_ids=[0] * params.max_tokens) for _ in range(getattr(params, "n", 1))]
+        return SimpleNamespace(prompt_logprobs=[None, *scored], outputs=drawn)
+
+
+def test_vllm_scores_the_tokens_that_were_drawn_and_never_finds_an_old_prompt(
+    tiny_folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    from benchmarks.arms import plain_arm, vllm_arm
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeVLLM, SamplingParams=SimpleNamespace))
+    work = {**tiny_work("sampling", tiny_folder), "group": 2, "setting": "best"}
+    drawn = {"tokens": [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]}
+    theirs = vllm_arm.Sampling(work)
+    plain = plain_arm.Sampling(work)
+    assert not agreement(plain.agree(drawn), theirs.agree(drawn), rounded=False).void
+    assert theirs.facts["prompt_tokens"] == plain.facts["prompt_tokens"]
+    engine: Any = theirs.engine
+    assert engine.options["dtype"] == "float32" and engine.resets == 0
+
+    class Three(common.Conversation):
+        def __init__(self) -> None:
+            self.resets: list[int] = []
+
+        def begin_step(self) -> None:
+            self.resets.append(engine.resets)
+            if len(self.resets) > 3:
+                raise common.Closed
+
+        def end_step(self, **more: Any) -> None:
+            assert more == {"drawn": 4.0} and engine.resets == len(self.resets)
+
+    with pytest.raises(common.Closed):
+        theirs.steps(Three())
+    steps = engine.asked[1:]
+    # The two completions of a prompt have the seed and the one after it: no step repeats one.
+    assert [(p.n, p.seed, p.max_tokens, p.ignore_eos) for p in steps] == [(2, 2 * i, 4, True) for i in range(3)]
+    assert not any(p.detokenize for p in engine.asked)
