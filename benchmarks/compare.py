@@ -30,20 +30,21 @@ class Bench:
     say: Say
     memory: int
 
-    def open(
-        self, stack: ExitStack, arm: str, work: Work, rival: Rival | None = None
-    ) -> tuple[Process, dict[str, Any]]:
-        """The process, which ``stack`` ends, and the facts that it tells of itself."""
-        process = stack.enter_context(self.start(arm))
-        spec = {"kind": work.kind, "model": self.model, **work.spec, **(rival.options if rival else {})}
-        return process, process.ask("open", work=spec, threads=self.threads)["facts"]
+    def open(self, process: Process, work: Work, **options: Any) -> dict[str, Any]:
+        """The facts that an arm tells of itself."""
+        spec = {"kind": work.kind, "model": self.model, **work.spec, **options}
+        return process.ask("open", work=spec, threads=self.threads)["facts"]
 
 
 def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any]:
     """What is known of ``work`` afterwards, ready for JSON; ``void`` says why it was not timed, where it was not."""
     with ExitStack() as stack:
-        ours, facts = bench.open(stack, "tether_arm", work)
-        theirs, other = bench.open(stack, rival.arm, work, rival)
+        # All begin at once: reading their libraries takes each some seconds.
+        ours, theirs, ceiling = (
+            stack.enter_context(bench.start(arm)) for arm in ("tether_arm", rival.arm, "ceiling_arm")
+        )
+        facts = bench.open(ours, work, rounded=rival.rounded)
+        other = bench.open(theirs, work, **rival.options)
         mine = ours.ask("agree")
         other_side = theirs.ask("agree", **_passed_on(mine))
         found = agreement(mine, other_side, rounded=rival.rounded)
@@ -63,11 +64,13 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         bench.say(f"  agree: {found}")
         if not pairs:
             return {**row, "void": "not timed (--pairs 0)"}
-        ceiling = stack.enter_context(bench.start("ceiling_arm"))
         ceiling.ask("open", work={}, threads=bench.threads)
         ceiling.ask("agree")
         # What a step needs, about; the two arms hold it at once.
         crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
+        if work.kind == "sampling":  # a few tokens have warmed nothing up; of training, the agreement was a step
+            for process in (ours, theirs):
+                process.ask("step", rest=crowded)
         timed = _time(ours, theirs, ceiling, pairs, bench.say, rest=crowded)
         return {**row, **timed, "void": _different_lengths(work, timed["drawn"])}
 
@@ -93,8 +96,6 @@ def _time(ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say
     """``pairs`` pairs; in every second one the rival goes first. The ceiling is measured between them. ``rest``: an arm
     gives its free memory back after each step."""
     arms = (ours.pid, theirs.pid, ceiling.pid)
-    for process in (ours, theirs):  # a first step makes what later ones find
-        process.ask("step", rest=rest)
     times, loads, ceilings = [], [], []
     peak, drawn = {"ours": 0, "theirs": 0}, []
     for number in range(pairs):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -115,8 +114,8 @@ def run(
 
 def _point(bench: Bench, label: str, size: int, work: Work) -> dict[str, Any]:
     """Median seconds of a step at one size; where the model grows, the size is its parameters."""
-    with ExitStack() as stack:
-        process, facts = bench.open(stack, "tether_arm", work)
+    with bench.start("tether_arm") as process:
+        facts = bench.open(process, work)
         process.ask("agree")
         process.ask("step")
         seconds = median(process.ask("step")["seconds"] for _ in range(REPEATS))
@@ -134,8 +133,8 @@ def _point(bench: Bench, label: str, size: int, work: Work) -> dict[str, Any]:
 
 def losses(bench: Bench) -> dict[str, Any]:
     """Of every loss its share of the step that it belongs to."""
-    with ExitStack() as stack:
-        process, _ = bench.open(stack, "losses_arm", groups(1, 1, 1, 1))
+    with bench.start("losses_arm") as process:
+        bench.open(process, groups(1, 1, 1, 1))
         found = process.ask("agree")
     for name, share in sorted(found["shares"].items(), key=lambda item: -item[1]):
         bench.say(f"  {name:18} {100 * share:6.3f} %")
@@ -147,8 +146,8 @@ def losses(bench: Bench) -> dict[str, Any]:
 
 def scoring(bench: Bench) -> dict[str, Any]:
     """A reward model's time over that of the forward pass it needs."""
-    with ExitStack() as stack:
-        process, _ = bench.open(stack, "scoring_arm", groups(1, 1, 1, 1))
+    with bench.start("scoring_arm") as process:
+        bench.open(process, groups(1, 1, 1, 1))
         found = process.ask("agree")
     bench.say(f"  {median(found['ratios']):.3f} of the packed forward pass alone ({found['seconds']:.1f} s)")
     if median(found["ratios"]) > found["limit"]:

@@ -9,9 +9,10 @@ from statistics import median
 from typing import Any
 
 # Where two sides differ by more, they do not do the same work: of the loss, relative; of the whole gradient and of the
-# worst parameter's, ‖a − b‖/‖b‖; of log-probs, nats. Twice: in float32, and where one side rounds to bfloat16.
+# worst parameter's, ‖a − b‖/‖b‖; of log-probs, nats. Twice: in float32, which shows a wrong formula, and where both
+# sides round to bfloat16, each in its own places: of a reward model's gradient that alone is a fifth.
 LIMITS = {False: {"loss": 1e-4, "gradient": 1e-3, "worst": 1e-2, "logprobs": 1e-3}}
-LIMITS[True] = {"loss": 5e-2, "gradient": 0.15, "worst": 0.5, "logprobs": 0.2}
+LIMITS[True] = {"loss": 5e-2, "gradient": 0.3, "worst": 1.0, "logprobs": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ class Rival:
     name: str
     arm: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    # Rounding in bfloat16 is no disagreement.
+    # It computes in bfloat16: Tether does too beside it, and rounding is no disagreement.
     rounded: bool = False
 
 
@@ -126,14 +126,20 @@ def demonstrations(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]
 
 
 def preference(
-    name: str, title: str, rows: list[dict[str, Any]], *, cached: bool = False, target: float | None = None
+    name: str,
+    title: str,
+    rows: list[dict[str, Any]],
+    *,
+    cached: bool = False,
+    default: Rival | None = None,
+    target: float | None = None,
 ) -> Work:
     return Work(
         name=name,
         title=title,
         kind="dpo",
         rival=BEST,
-        default=DEFAULT,
+        default=default,
         spec={"rows": rows, "cached": cached},
         scored=0 if cached else 1,
         target=target,
@@ -166,7 +172,7 @@ def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: 
     return Work(
         name=name,
         title=f"PPO, {len(lengths)} prompts of {min(lengths)}–{max(lengths)} tokens × {group}, {new_tokens} new, "
-        f"{epochs} epochs, four networks",
+        f"{epochs} epoch{'s' * (epochs > 1)}, four networks",
         kind="ppo",
         rival=LOOP,
         spec={
@@ -212,7 +218,7 @@ def sampling(
     )
 
 
-SFT_LENGTHS = (20, 61, 95, 140, 210, 280, 365, 450)
+SFT_LENGTHS = (20, 61, 140, 210, 365, 450)
 
 
 def works() -> dict[str, Work]:
@@ -222,7 +228,7 @@ def works() -> dict[str, Work]:
     sft = {"kind": "sft", "spec": {"rows": texts}}
     vllm = {"rival": VLLM, "default": VLLM_DEFAULT, "target": 1.2}
     found = (
-        Work(name="sft", title="SFT, 8 rows of 20–450 tokens", rival=BEST, default=DEFAULT, target=2.0, **sft),
+        Work(name="sft", title="SFT, 6 rows of 20–450 tokens", rival=BEST, default=DEFAULT, target=2.0, **sft),
         Work(name="sft-packing", title="SFT, the same rows, TRL packing", rival=PACKED, target=1.3, **sft),
         Work(
             name="reward",
@@ -233,13 +239,13 @@ def works() -> dict[str, Work]:
             spec={"rows": rows},
             target=1.7,
         ),
-        preference("dpo-4", "DPO, 4 pairs, reference in the step", rows, target=2.0),
+        preference("dpo-4", "DPO, 4 pairs, reference in the step", rows, default=DEFAULT, target=2.0),
         preference("dpo-2", "DPO, 2 pairs, reference in the step", rows[:2], target=2.0),
-        preference("dpo-cached", "DPO, 4 pairs, reference cached on both sides", rows, cached=True, target=2.0),
-        preference("dpo-long", "DPO, 4 pairs, completions dominate (prompt ≈ 30, 200–260)", pairs(4, 30, 200, 260)),
+        preference("dpo-cached", "DPO, 2 pairs, reference cached on both sides", rows[:2], cached=True, target=2.0),
+        preference("dpo-long", "DPO, 2 pairs, completions dominate (prompt ≈ 30, 130–170)", pairs(2, 30, 130, 170)),
         grpo("grpo-64", 2, 8, 240, 64, target=2.2),
         grpo("grpo-128", 2, 8, 240, 128, target=2.2),
-        ppo("ppo", (60, 85, 110, 140, 165, 190, 215, 240), 1, 64, 2, target=2.0),
+        ppo("ppo", (60, 120, 180, 240), 1, 64, 1, target=2.0),
         sampling("sampling-16x64", 2, 8, 60, 64, target=3.0),
         sampling("sampling-64x32", 8, 8, 60, 32, target=4.0),
         sampling("vllm-16x64", 2, 8, 60, 64, **vllm),

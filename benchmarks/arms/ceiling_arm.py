@@ -11,7 +11,7 @@ import torch
 from benchmarks.arms.common import Conversation, serve
 from tether.models.linear import product
 
-SIDES = (2048, 4096)
+SIDES = (2048,)
 BYTES = 2**29
 
 

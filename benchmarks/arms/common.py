@@ -89,7 +89,6 @@ def serve(open_work: Callable[[dict[str, Any]], Arm]) -> None:
         conversation.say(facts=arm.facts)
         answer = arm.agree(conversation.hear())
         conversation.say(**answer, peak=peak_memory())
-        release_memory()
         reset_peak_memory()
         arm.steps(conversation)
     except Closed:

@@ -95,7 +95,13 @@ class Always(Sequence[Sequence[Group]]):
 
 
 def open_backbone(work: Mapping[str, Any]) -> Backbone:
-    return load_backbone(work["model"], device="cpu", say=silent)
+    backbone = load_backbone(work["model"], device="cpu", say=silent)
+    backbone.autocast = torch.bfloat16 if work.get("rounded") else None
+    return backbone
+
+
+def settings_of(work: Mapping[str, Any], new_tokens: int) -> SamplingSettings:
+    return SamplingSettings(max_new_tokens=new_tokens, autocast="bfloat16" if work.get("rounded") else "off")
 
 
 def open_scorer(work: Mapping[str, Any], *, noise: bool = False) -> Scorer:
@@ -248,7 +254,7 @@ class Online(Training):
             prompts=lambda first, count: self.prompts,
             prompts_per_step=len(self.prompts),
             sampler=LocalSampler(policy=self.policy, chat=self.chat, policy_version=lambda: self.learner.step),
-            settings=SamplingSettings(max_new_tokens=self.work["new_tokens"]),
+            settings=settings_of(self.work, self.work["new_tokens"]),
             reward=reward,
             watch=None,
             reference=reference,
@@ -309,7 +315,7 @@ class Sampling:
         self.facts = {**facts_of(policy.backbone), "prompt_tokens": [len(chat.prompt(p)) for p in self.prompts]}
 
     def draw(self, new_tokens: int, seed: int) -> list[Rollout]:
-        settings = SamplingSettings(max_new_tokens=new_tokens)
+        settings = settings_of(self.work, new_tokens)
         return self.sampler.sample(self.prompts, n=self.work["group"], settings=settings, seed=seed)
 
     def agree(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from method_cases import (
 from model_cases import RAGGED, backbone
 from tether.backends.local import ceiling
 from tether.backends.local.learner import AdamWSettings, LocalLearner
-from tether.config.schema import OptimConfig
+from tether.config.schema import OptimConfig, RLConfig
 from tether.losses import CrossEntropy
 from tether.methods import parts
 from tether.models.adapters import add_adapter
@@ -121,6 +121,14 @@ def test_an_online_run_in_bfloat16_agrees_with_its_sampler(tiny_model_folder, tm
     assert not (run / "autocast.json").exists(), "nothing was chosen"
 
 
+def test_a_sampler_that_rounds_is_corrected_by_the_learner_and_the_gap_is_told(tiny_model_folder, tmp_path):
+    given = online(tiny_model_folder, tmp_path, "r")
+    rounding = given.model_copy(update={"sampling": given.sampling.model_copy(update={"autocast": "bfloat16"})})
+    run = go(rounding)
+    assert all(1e-6 < gap < 0.02 for gap in series(run, "sampler/gap"))
+    assert "autocast: bfloat16" in (run / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(("gain", "chosen"), [(1.5, torch.bfloat16), (1.05, None), (0.6, None)])
 def test_auto_takes_what_is_faster_here_and_says_so(gain, chosen, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "bfloat16_gain", lambda device, width: gain)
@@ -163,6 +171,8 @@ def test_a_resumed_run_keeps_its_choice_whatever_the_probe_says_now(tiny_model_f
 def test_it_is_refused_where_it_would_change_nothing(tiny_model_folder, tmp_path):
     with pytest.raises(ValidationError, match=r"optim.autocast=auto would be ignored.*model.dtype=bfloat16"):
         config("sft", tiny_model_folder, "d", tmp_path, optim={"autocast": "auto"}, model={"dtype": "bfloat16"})
+    with pytest.raises(ValidationError, match=r"sampling.autocast=bfloat16 would be ignored.*model.dtype=bfloat16"):
+        RLConfig(reward="math", data={"train": "d"}, sampling={"autocast": "bfloat16"}, model={"dtype": "bfloat16"})  # type: ignore[arg-type]
 
 
 def test_the_probe_compares_the_two_types(monkeypatch):

@@ -314,6 +314,20 @@ def test_an_adapter_is_sampled_from_however_its_layer_is_computed(family: str, d
     assert float(gaps[0].mean()) < (1e-4 if dtype == torch.float32 else 0.05) < 0.1 < float(gaps[1].mean())
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+@torch.no_grad()
+def test_weights_rounded_to_bfloat16_draw_what_the_policy_says_within_rounding(family: str):
+    """Written out, through the network's own layers, and where nothing is packed; then as before."""
+    live = sampler(policy := Policy(backbone=backbone(family)))
+    exact = live.sample(PROMPTS, n=4, settings=LONG, seed=0)
+    rounded = live.sample(PROMPTS, n=4, settings=replace(LONG, autocast="bfloat16"), seed=0)
+    scored = policy(rollout_batch(rounded)).logprobs
+    gaps = torch.cat([(r.logprobs - row[: len(r.tokens)]).abs() for r, row in zip(rounded, scored, strict=True)])
+    assert 1e-5 < float(gaps.mean()) < 0.02
+    assert float(gaps.max()) < 0.2
+    same(live.sample(PROMPTS, n=4, settings=LONG, seed=0), exact)
+
+
 def nucleus(probs: list[float], top_p: float, top_k: int) -> list[float]:
     """The reference: sort, keep, renormalise, in plain Python."""
     order = sorted(range(len(probs)), key=lambda i: -probs[i])

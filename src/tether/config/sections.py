@@ -124,9 +124,11 @@ class MethodConfig(Section):
 
     @model_validator(mode="after")
     def _rounds_once(self) -> Self:
-        if self.optim.autocast != "off" and self.model.dtype == "bfloat16":
-            raise ValueError(
-                f"optim.autocast={self.optim.autocast} would be ignored: with model.dtype=bfloat16 everything is in "
-                "bfloat16 already; take one of them out"
-            )
+        for name, section in (("optim", self.optim), ("sampling", getattr(self, "sampling", None))):
+            kind = getattr(section, "autocast", "off")
+            if kind != "off" and self.model.dtype == "bfloat16":
+                raise ValueError(
+                    f"{name}.autocast={kind} would be ignored: with model.dtype=bfloat16 everything is in "
+                    "bfloat16 already; take one of them out"
+                )
         return self
