@@ -1,8 +1,7 @@
 """vLLM's side of sampling: its engine for CPUs, offline and inside this process.
 
 ``setting`` "best": float32 weights, and blocks of a size that short prompts fill, so that the completions of a prompt
-share them; "default": its own defaults (the dtype of the checkpoint, blocks of 128 tokens, which share no shorter
-prompt). In both the completions of a step share prompts as far as its cache of prefixes goes, and no later step does.
+share them; "default": its own defaults (bfloat16, and blocks of 128 tokens, which share no shorter prompt).
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Sampling:
             skip_tokenizer_init=True,
             generation_config="vllm",
             # One more than is drawn: the agreement asks for a token after all that are given.
-            max_model_len=max(self.facts["prompt_tokens"]) + work["new_tokens"] + 1,
+            max_model_len=512,
             kv_cache_memory_bytes=CACHE,
             **SETTINGS[work["setting"]],
         )
