@@ -68,7 +68,8 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         ceiling.ask("agree")
         # What a step needs, about; the two arms hold it at once.
         crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
-        if work.kind == "sampling":  # a few tokens have warmed nothing up; of training, the agreement was a step
+        # A first step makes what later ones find. The agreement has done most of it; where steps are long, all.
+        if work.kind not in ("grpo", "ppo"):
             for process in (ours, theirs):
                 process.ask("step", rest=crowded)
         timed = _time(ours, theirs, ceiling, pairs, bench.say, rest=crowded)

@@ -12,7 +12,7 @@ from typing import Any
 # worst parameter's, ‖a − b‖/‖b‖; of log-probs, nats. Twice: in float32, which shows a wrong formula, and where both
 # sides round to bfloat16, each in its own places: of a reward model's gradient that alone is a fifth.
 LIMITS = {False: {"loss": 1e-4, "gradient": 1e-3, "worst": 1e-2, "logprobs": 1e-3}}
-LIMITS[True] = {"loss": 5e-2, "gradient": 0.3, "worst": 1.0, "logprobs": 0.3}
+LIMITS[True] = {"loss": 0.1, "gradient": 0.3, "worst": 1.0, "logprobs": 0.3}
 
 
 @dataclass(frozen=True, kw_only=True)
