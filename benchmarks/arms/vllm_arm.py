@@ -15,6 +15,8 @@ from typing import Any
 from benchmarks.arms.common import Conversation, serve
 
 SETTINGS: dict[str, dict[str, Any]] = {"best": {"dtype": "float32", "block_size": 32}, "default": {}}
+# Tokens of a prompt and its completion, the same for every work: so the model is compiled once for all.
+LONGEST = 512
 # Bytes for keys and values: more than the rows of any work need, and only what is used counts as memory.
 CACHE = 2**30
 # The engine stays in this process, which is the one that is watched; nothing is sent, and nothing is kept.
@@ -56,8 +58,7 @@ class Sampling:
             model=work["model"],
             skip_tokenizer_init=True,
             generation_config="vllm",
-            # One more than is drawn: the agreement asks for a token after all that are given.
-            max_model_len=512,
+            max_model_len=LONGEST,
             kv_cache_memory_bytes=CACHE,
             **SETTINGS[work["setting"]],
         )

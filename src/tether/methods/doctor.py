@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -170,22 +169,16 @@ def _hub() -> Finding:
 
 
 def _products() -> Finding:
-    """How fast float32 matrix products are, and whose the linear layers use."""
+    """How fast matrix products are, and whose the linear layers use."""
     import torch
 
+    from tether.backends.local.ceiling import product_rate
     from tether.models.linear import SERVES, product
 
-    def rate(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
-        """GFLOP/s, the best of a few."""
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            multiply(square, square)
-            times.append(time.perf_counter() - start)
-        return 2 * SIDE**3 / min(times) / 1e9
+    def rate(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], kind: torch.dtype) -> str:
+        return f"{product_rate(multiply, (SIDE, SIDE, SIDE), torch.device('cpu'), kind) / 1e9:.0f}"
 
-    square = torch.ones(SIDE, SIDE)
-    found = f"{rate(torch.nn.functional.linear):.0f} GFLOP/s in float32 by PyTorch"
+    found = f"{rate(torch.nn.functional.linear, torch.float32)} GFLOP/s in float32 by PyTorch"
     if SERVES:
-        found += f", {rate(product):.0f} by oneDNN, which linear layers use"
-    return Finding(name="products", found=found)
+        found += f", {rate(product, torch.float32)} by oneDNN, which linear layers use"
+    return Finding(name="products", found=f"{found}; {rate(product, torch.bfloat16)} in bfloat16 (optim.autocast)")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tether.models.linear import product, use_fast_linear
 
@@ -30,13 +30,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
 @cache
 def _matmul_rate(device: torch.device, dtype: torch.dtype, width: int, threads: int) -> float:
     side = 2048 if device.type == "cpu" else 8192
-    rates = []
-    for rows, inner, columns in ((ROWS, width, 4 * width), (side, side, side)):
-        x = torch.ones(rows, inner, device=device, dtype=dtype)
-        weight = torch.ones(columns, inner, device=device, dtype=dtype)
-        for multiply in (product, nn.functional.linear):
-            rates.append(2 * rows * inner * columns / _best(device, lambda m=multiply, x=x, w=weight: m(x, w)))
-    return max(rates)
+    shapes = ((ROWS, width, 4 * width), (side, side, side))
+    libraries = (product, nn.functional.linear)
+    return max(product_rate(multiply, shape, device, dtype) for shape in shapes for multiply in libraries)
+
+
+def product_rate(
+    multiply: Callable[[Tensor, Tensor], object], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> float:
+    """FLOP/s of ``multiply`` on x [n, i] and W [o, i], for ``shape`` (n, i, o)."""
+    rows, inner, columns = shape
+    x = torch.ones(rows, inner, device=device, dtype=dtype)
+    weight = torch.ones(columns, inner, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / _best(device, lambda: multiply(x, weight))
 
 
 def bfloat16_gain(device: torch.device, width: int) -> float:
