@@ -34,8 +34,7 @@ BEST = Rival(name="TRL fp32", arm="trl_arm", options={"setting": "best"})
 DEFAULT = Rival(name="TRL default", arm="trl_arm", options={"setting": "default"}, rounded=True)
 PACKED = Rival(name="TRL fp32, packing", arm="trl_arm", options={"setting": "best", "packing": True})
 GENERATE = Rival(name="transformers generate", arm="plain_arm")
-VLLM = Rival(name="vLLM for CPU", arm="vllm_arm", options={"setting": "best"})
-VLLM_DEFAULT = Rival(name="vLLM for CPU, default", arm="vllm_arm", options={"setting": "default"}, rounded=True)
+VLLM = Rival(name="vLLM for CPU", arm="vllm_arm")
 LOOP = Rival(name="plain transformers", arm="plain_arm")
 
 
@@ -234,7 +233,7 @@ SFT_LENGTHS = (20, 95, 210, 330, 450)
 
 def works() -> dict[str, Work]:
     """The table, in its order."""
-    rows = pairs(4, 230, 56, 120)
+    rows = pairs(3, 230, 56, 120)
     texts = demonstrations(SFT_LENGTHS)
     sft = {"kind": "sft", "spec": {"rows": texts}}
     found = (
@@ -248,7 +247,7 @@ def works() -> dict[str, Work]:
             spec={"rows": rows[:2]},
             target=1.7,
         ),
-        preference("dpo-4", "DPO, 4 pairs, reference in the step", rows, default=DEFAULT, target=2.0),
+        preference("dpo-3", "DPO, 3 pairs, reference in the step", rows, default=DEFAULT, target=2.0),
         preference("dpo-cached", "DPO, 2 pairs, reference cached on both sides", rows[:2], cached=True, target=2.0),
         preference("dpo-long", "DPO, 2 pairs, completions dominate (prompt ≈ 30, 110–140)", pairs(2, 30, 110, 140)),
         grpo("grpo-64", 2, 8, 240, 64, default=DEFAULT, target=2.2),
@@ -256,6 +255,6 @@ def works() -> dict[str, Work]:
         ppo("ppo", (60, 150, 240), 1, 64, 1, target=2.0),
         sampling("sampling-16x64", 2, 8, 60, 64, target=3.0),
         sampling("sampling-64x32", 8, 8, 60, 32, target=4.0),
-        sampling("vllm-16x64", 2, 8, 60, 64, rival=VLLM, default=VLLM_DEFAULT, target=1.2),
+        sampling("vllm-16x64", 2, 8, 60, 64, rival=VLLM, target=1.2),
     )
     return {work.name: work for work in found}

@@ -1,7 +1,7 @@
 """vLLM's side of sampling: its engine for CPUs, offline and inside this process.
 
-``setting`` "best": float32 weights, and blocks of a size that short prompts fill, so that the completions of a prompt
-share them; "default": its own defaults (bfloat16, and blocks of 128 tokens, which share no shorter prompt).
+Float32 weights, and blocks of a size that short prompts fill, so that the completions of a prompt share them, as far as
+its cache of prefixes goes; no later step does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.arms.common import Conversation, serve
 
-SETTINGS: dict[str, dict[str, Any]] = {"best": {"dtype": "float32", "block_size": 32}, "default": {}}
+SETTINGS: dict[str, Any] = {"dtype": "float32", "block_size": 32}
 # Tokens of a prompt and its completion, the same for every work: so the model is compiled once for all.
 LONGEST = 512
 # Bytes for keys and values: more than the rows of any work need, and only what is used counts as memory.
@@ -60,7 +60,7 @@ class Sampling:
             generation_config="vllm",
             max_model_len=LONGEST,
             kv_cache_memory_bytes=CACHE,
-            **SETTINGS[work["setting"]],
+            **SETTINGS,
         )
 
     def ask(self, prompts: list[list[int]], **params: Any) -> list[Any]:

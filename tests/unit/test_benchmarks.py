@@ -156,10 +156,10 @@ def test_a_busy_machine_is_refused_unless_told_otherwise():
 
 
 def test_names_that_begin_alike_are_chosen_together():
-    known = ["sft", "sft-packing", "dpo-4", "dpo-long"]
+    known = ["sft", "sft-packing", "dpo-3", "dpo-long"]
     assert bench.chosen("", known) == known
     assert bench.chosen("dpo-long,sft-packing", known) == ["sft-packing", "dpo-long"]
-    assert bench.chosen("dpo", known) == ["dpo-4", "dpo-long"]
+    assert bench.chosen("dpo", known) == ["dpo-3", "dpo-long"]
     with pytest.raises(bench.Refused, match="no such name; known: sft"):
         bench.chosen("grpo", known)
 
@@ -283,16 +283,16 @@ def quiet_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_part_of_the_table_updates_its_own_rows(quiet_bench: Path):
-    assert bench.main(["--only", "reward,dpo-4", "--pairs", "3"]) == 0
+    assert bench.main(["--only", "reward,dpo-3", "--pairs", "3"]) == 0
     first = json.loads((quiet_bench / "results.json").read_text())["rows"]
-    assert list(first) == ["reward", "dpo-4"]
+    assert list(first) == ["reward", "dpo-3"]
     assert bench.main(["--only", "reward", "--pairs", "1", "--default-pairs", "0"]) == 0
     second = json.loads((quiet_bench / "results.json").read_text())["rows"]
-    assert second["dpo-4"] == first["dpo-4"] and "default" in second["dpo-4"]
+    assert second["dpo-3"] == first["dpo-3"] and "default" in second["dpo-3"]
     assert len(second["reward"]["best"]["pairs"]) == 1 and "default" not in second["reward"]
     page = (quiet_bench / "RESULTS.md").read_text()
-    assert "| DPO, 4 pairs" in page and "**3.00** (3.00–3.00)" in page and "3.00 (one pair)" in page
-    assert "--only reward,dpo-4 --pairs 3" in page and "OMP_NUM_THREADS" in page
+    assert "| DPO, 3 pairs" in page and "**3.00** (3.00–3.00)" in page and "3.00 (one pair)" in page
+    assert "--only reward,dpo-3 --pairs 3" in page and "OMP_NUM_THREADS" in page
 
 
 def test_rows_against_vllm_say_that_it_is_missing_and_the_table_goes_on(

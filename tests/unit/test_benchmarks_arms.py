@@ -90,7 +90,7 @@ def test_vllm_scores_the_tokens_that_were_drawn_and_never_finds_an_old_prompt(
     from benchmarks.arms import plain_arm, vllm_arm
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeVLLM, SamplingParams=SimpleNamespace))
-    work = {**tiny_work("sampling", tiny_folder), "group": 2, "setting": "best"}
+    work = {**tiny_work("sampling", tiny_folder), "group": 2}
     drawn = {"tokens": [[5, 6, 7], [8, 9, 10], [11, 12, 13], [14, 15, 16]]}
     theirs = vllm_arm.Sampling(work)
     plain = plain_arm.Sampling(work)

@@ -60,28 +60,6 @@ def flash_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def attend_part(
-    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float, softcap: float | None, full: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys, and the log-sum-exp of its scores [b, H, n] by which ``join`` weighs parts.
-
-    q, k, v as in ``attend_block``; without gradient. ``bias``: 0 where a query sees a key and -inf where it does not,
-    broadcastable to [b, H, n, m]. ``full``: every query sees some key; one that sees none gets zeros and -inf.
-    """
-    if softcap is None and full and flash_serves(q, k, v):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    if (repeat := q.shape[1] // k.shape[1]) > 1:
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if bias is not None:
-        scores = scores + bias
-    log_sum = scores.logsumexp(dim=-1)
-    weights = (scores - log_sum[..., None]).exp().nan_to_num_(0.0)
-    return weights.to(v.dtype) @ v, log_sum
-
-
 def join(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> Tensor:
     """Attention over both of two parts of the keys, from that over each (Milakov 2018)."""
     weight = torch.sigmoid(other_log_sum - log_sum)[..., None]

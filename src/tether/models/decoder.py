@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
 from tether.models.attention import Layout
-from tether.models.fused import Norm
+from tether.models.fused import Norm, inverse_rms
 from tether.models.linear import Linear, pack
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -51,7 +51,7 @@ def _added(x: Tensor, other: Tensor, packed: tuple[Tensor, Tensor | None]) -> Te
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
     weight = norm.weight + norm.shift if norm.shift else norm.weight
-    return rms_norm(x, weight.shape, weight, norm.epsilon)
+    return (x * inverse_rms(x, norm.epsilon)).mul_(weight)
 
 
 def llama_shaped(trunk: Any) -> bool:

@@ -24,13 +24,18 @@ def _fits(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
+def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """1 / sqrt(mean x² + ε) of each row: [..., d] -> [..., 1]."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = w x̂ with x̂ = x / r, r = sqrt(mean x² + ε) (Zhang 2019, eq. 4); dx = (w g - x̂ mean(w g x̂)) / r, dw = Σ g x̂."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kind: torch.dtype) -> Tensor:  # type: ignore[override]
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        inverse = inverse_rms(x, epsilon)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight).to(kind)
 

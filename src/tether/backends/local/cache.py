@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from tether.models.attention import attend_part, join
 from tether.models.packed import PackedLayout
 
 # Tokens that the rows' own cache has room for at first; it doubles whenever that is not enough.
@@ -43,6 +42,14 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
     if bool(seen.all()):
         return None
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
+def _scores(q: Tensor, keys: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """q Kᵀ of a part of the keys; ``bias``: 0 where a query sees a key and -inf where it does not."""
+    scores = q @ keys.mT
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores if bias is None else scores + bias
 
 
 def _wider(tensor: Tensor, room: int) -> Tensor:
@@ -79,7 +86,8 @@ class DecodeLayout:
         for held, new in ((self.prompt_keys, prefill.keys), (self.prompt_values, prefill.values)):
             for layer, packed in enumerate(new):
                 pieces = list(packed[0].transpose(0, 1).split(prefill.lengths))
-                each = pad_sequence(pieces, batch_first=True).transpose(1, 2)
+                # In the order in which every step reads them: products would copy them each time otherwise.
+                each = pad_sequence(pieces, batch_first=True).transpose(1, 2).contiguous()
                 if layer == len(held):
                     held.append(each)
                 else:
@@ -165,24 +173,29 @@ class DecodeLayout:
         keys, values = keys[:, :, : self._used], values[:, :, : self._used]
         prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
         w, heads, _, depth = q.shape
-        g, shared, _, _ = prompt_keys.shape
+        shared = keys.shape[1]
         repeat = heads // shared
-        windowed = window is not None and window < self._longest
         own_bias, prompt_bias = self._own_bias, self._prompt_bias
-        if window is not None and windowed:
+        if window is not None and window < self._longest:
             own_bias, prompt_bias = self._window(window, repeat)
-        how = {"scale": scale, "softcap": softcap, "full": not windowed}
         # Query heads that share a key head are rows of one product, and so are the rows that share a prompt.
-        own, own_sum = attend_part(q.view(w, shared, repeat, depth), keys, values, bias=own_bias, **how)
-        placed = q if self._rows is None else q[self._rows]
-        placed = placed.view(g, -1, shared, repeat, depth).transpose(1, 2).reshape(g, shared, -1, depth)
-        seen, seen_sum = attend_part(placed, prompt_keys, prompt_values, bias=prompt_bias, **how)
-        seen, seen_sum = (t.unflatten(2, (-1, repeat)).transpose(1, 2) for t in (seen, seen_sum))
-        if self._place is None:
-            own, own_sum = (t.view(*kind.shape[:2], *t.shape[1:]) for t, kind in ((own, seen), (own_sum, seen)))
-        else:
-            seen, seen_sum = (t.flatten(0, 1)[self._place] for t in (seen, seen_sum))
-        return join(own, own_sum, seen, seen_sum).reshape(w, heads, 1, -1)
+        q = (q * scale).view(w, shared, repeat, depth)
+        own = _scores(q, keys, own_bias, softcap)
+        seen = self._by_row(_scores(self._by_prompt(q), prompt_keys, prompt_bias, softcap), repeat)
+        weights = torch.cat([seen, own], dim=-1).float().softmax(dim=-1).to(v.dtype)
+        theirs, mine = weights.split((seen.shape[-1], own.shape[-1]), dim=-1)
+        out = self._by_row(self._by_prompt(theirs) @ prompt_values, repeat) + mine @ values
+        return out.reshape(w, heads, 1, -1)
+
+    def _by_prompt(self, t: Tensor) -> Tensor:
+        """[W, H_kv, r, x] -> [G, H_kv, n · r, x]: what is multiplied with one prompt is one matrix."""
+        placed = (t if self._rows is None else t[self._rows]).unflatten(0, (len(self.prompt_lengths), -1))
+        return placed.transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, t: Tensor, repeat: int) -> Tensor:
+        """``_by_prompt`` undone."""
+        rows = t.unflatten(2, (-1, repeat)).transpose(1, 2).flatten(0, 1)
+        return rows if self._place is None else rows[self._place]
 
     def _window(self, window: int, repeat: int) -> tuple[Tensor | None, Tensor | None]:
         """The biases of both parts where a query sees the last ``window`` tokens alone."""
