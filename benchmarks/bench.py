@@ -217,7 +217,7 @@ def main(given: list[str] | None = None) -> int:
                 measure = {"losses": growth.losses, "scoring": growth.scoring}[options.command]
                 raw[options.command] = {**measure(bench), "about": how}
                 keep()
-    except Refused as reason:
+    except (Refused, ArmFailed) as reason:
         print(reason, file=sys.stderr)
         return 2
     if not options.no_write:

@@ -16,17 +16,19 @@ COLUMNS = (
 HEADER = f"| {' | '.join(COLUMNS)} |"
 RULE = "|---|---|" + "---:|" * 8
 
-READING = f"""How to read it. A ratio is rival / Tether within one pair of steps, one process each, taken in alternating order;
-given are the median over the pairs and (smallest–largest). Seconds are medians, and mean nothing across rows or
-machines. A row whose sides do not agree on loss and gradient (of sampling: on the log-probs of the same tokens) is
-**void** and not timed. *Default settings*: the ratio against TRL as it comes (bfloat16, activation checkpointing),
-Tether in bfloat16 beside it (`optim.autocast`, `sampling.autocast`). *Tokens/s*: Tether / rival, useful tokens: every
-prompt once and every completion, the same number for both; of sampling, drawn tokens. *Of the ceiling*: operations
-that the useful tokens need, attention to what they see included, against a float32 matrix product measured between
-the pairs; of sampling, the floor of its steps (all weights read once, or all rows computed, whichever takes longer)
-against the time they took. *Peak memory*: Tether / rival, each process's high-water mark over the timed steps. A row
-is marked † where other processes took more than {BUSY:.0%} of a core during its pairs, and ‡ where the two sides
-together nearly filled the memory, so that both gave free memory back between their steps."""
+READING = f"""How to read it. A ratio is rival / Tether within one pair of steps, one process each, taken in
+alternating order; given are the median over the pairs and (smallest–largest). Seconds are medians, and
+mean nothing across rows or machines. A row whose sides do not agree on loss and gradient (of sampling:
+on the log-probs of the same tokens) is **void** and not timed. *Default settings*: the ratio against
+TRL as it comes (bfloat16, activation checkpointing), Tether in bfloat16 beside it (`optim.autocast`,
+`sampling.autocast`). *Tokens/s*: Tether / rival, useful tokens: every prompt once and every completion,
+the same number for both; of sampling, drawn tokens. *Of the ceiling*: operations that the useful tokens
+need, attention to what they see included, against a float32 matrix product measured between the pairs;
+of sampling, the floor of its steps (all weights read once, or all rows computed, whichever takes
+longer) against the time they took. *Peak memory*: Tether / rival, each process's high-water mark over
+the timed steps. A row is marked † where other processes took more than {BUSY:.0%} of a core during its
+pairs, and ‡ where the two sides together nearly filled the memory, so that both gave free memory back
+between their steps."""
 
 
 def page(raw: Mapping[str, Any], order: Sequence[str]) -> str:

@@ -22,19 +22,20 @@ def folder_of(name: str, folder: Path) -> str:
 
 
 def random_llama(width: int, layers: int, folder: Path) -> str:
-    """Heads of 64, inner width 8/3 of the width, as Llama has it."""
+    """Heads of 64, three or more to a key head, and inner width 8/3 of the width, as Llama has it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_tokenizer(next(iter(EMBEDDED)), say=lambda text: None)
     torch.manual_seed(0)
+    heads = width // 64
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=round(width * 8 / 3 / 64) * 64,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192),
+        num_attention_heads=heads,
+        num_key_value_heads=next(n for n in range(max(1, heads // 3), 0, -1) if heads % n == 0),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
