@@ -218,7 +218,7 @@ class Library(Adapter):
 
         vocabulary = logits.shape[-1]
         head = torch.eye(vocabulary, dtype=logits.dtype)  # hidden · Iᵀ: the logits themselves
-        out, _ = token_logprobs(logits.reshape(-1, vocabulary), head, tokens.flatten(), temperature=temperature)
+        out = token_logprobs(logits.reshape(-1, vocabulary), head, tokens.flatten(), temperature=temperature).logprobs
         return out.view(tokens.shape)
 
     def sequence_logprobs(self, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
