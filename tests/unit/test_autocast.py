@@ -21,7 +21,9 @@ from method_cases import (
 from model_cases import RAGGED, backbone
 from tether.backends.local import ceiling
 from tether.backends.local.learner import AdamWSettings, LocalLearner
+from tether.config.load import load
 from tether.config.schema import OptimConfig, RLConfig
+from tether.core.errors import UserError
 from tether.losses import CrossEntropy
 from tether.methods import parts
 from tether.models.adapters import add_adapter
@@ -189,3 +191,9 @@ def test_the_probe_compares_the_two_types(monkeypatch):
     assert ceiling.bfloat16_gain(torch.device("cpu"), 16) == pytest.approx(1.5)
     assert sorted(enabled) == [False, True]
     assert torch.equal(torch.random.get_rng_state(), state), "a probe draws nothing from the run's generator"
+
+
+def test_a_rule_over_two_sections_is_told_in_words_by_the_command_line():
+    given = ["sampling.autocast=bfloat16", "model.dtype=bfloat16", "reward=math", "data.train=d"]
+    with pytest.raises(UserError, match=r"sampling.autocast=bfloat16 would be ignored"):
+        load("rl", [], given)

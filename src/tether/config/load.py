@@ -187,7 +187,9 @@ def _explain(
             path = _within(loc, known)
             node = _get(root, loc) or _get(root, path) or root
             whole = _get(root, path)
-            problems[path] = (node.at, _wrong(path, known, whole.plain if whole else None))
+            # A rule over several sections has no path, and says all in its own words.
+            own_words = detail["msg"].removeprefix("Value error, ")
+            problems[path] = (node.at, _wrong(path, known, whole.plain if whole else None) if path else own_words)
     return list(problems.values())
 
 
