@@ -34,6 +34,9 @@ ROPE = {"rope_theta": 10000.0}
 FAMILIES = {
     "llama": lambda: hf.LlamaConfig(**SMALL),
     "llama_tied": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    # Heads as wide as the compiled passes want them.
+    "llama_heads_16": lambda: hf.LlamaConfig(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "qwen2_heads_16": lambda: hf.Qwen2Config(**{**SMALL, "hidden_size": 64}),
     "llama_rope_llama3": lambda: hf.LlamaConfig(
         **SMALL,
         rope_parameters={

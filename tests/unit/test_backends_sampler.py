@@ -16,7 +16,7 @@ from tether.core.errors import UserError
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
-from tether.models import backbone as module
+from tether.models import decoding
 from tether.models.adapters import adapter_parameters, add_adapter
 from tether.models.backbone import Backbone
 from tether.models.roles import Policy
@@ -27,7 +27,7 @@ LONG = SamplingSettings(max_new_tokens=14)
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are packed, and caches grow, for completions as short as these, too."""
-    monkeypatch.setattr(module, "PACKING_PAYS", 2)
+    monkeypatch.setattr(decoding, "PACKING_PAYS", 2)
     monkeypatch.setattr(cache, "FIRST_ROOM", 3)
 
 
@@ -139,13 +139,13 @@ def test_a_draw_does_not_depend_on_what_shares_the_batch():
 def test_a_prompt_is_computed_once_while_completions_of_it_go_on(width: int, passes: int, monkeypatch):
     """Twelve rows of one prompt, four at a time: the later ones find what the first have left. One at a time, nobody
     is left to hold it."""
-    computed, real = [], Backbone.step
+    computed, real = [], Backbone.prefill
 
-    def step(self, layout, ids, positions):
-        computed.extend(layout.lengths if isinstance(layout, cache.PrefillLayout) else ())
+    def prefill(self, layout, ids, positions):
+        computed.extend(layout.lengths)
         return real(self, layout, ids, positions)
 
-    monkeypatch.setattr(Backbone, "step", step)
+    monkeypatch.setattr(Backbone, "prefill", prefill)
     stops = range(3, 20)  # enough of them for rows to end at different times
     rollouts = sampler(None, *stops, width=width).sample(PROMPTS[1:2], n=12, settings=LONG, seed=1)
     assert len(rollouts) == 12 and computed == [len("a longer prompt")] * passes

@@ -1,12 +1,17 @@
 """The decoder that is written out: which networks it serves, and that its numbers are theirs."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from model_cases import backbone
 from tether.models import linear
 from tether.models.adapters import add_adapter
-from tether.models.backbone import PACKING_PAYS, Backbone
+from tether.models.backbone import Backbone
+from tether.models.decoder import Decoder
+from tether.models.decoding import PACKING_PAYS
+from tether.models.native import build
 from tether.models.packed import PackedLayout
 
 pytestmark = pytest.mark.skipif(not linear.SERVES, reason="nothing is packed on this CPU")
@@ -17,16 +22,22 @@ NOT_SERVED = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(build.SWITCH, "0")
+
+
 @torch.no_grad()
-def both(ours: Backbone, adapter: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+def both(ours: Any, adapter: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of a packed row by the model itself and by what decodes."""
     ids = torch.randint(3, 50, (1, 14), generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[*range(6), 6, 7, 8, 6, 7, 0, 1, 2]])
     layout = PackedLayout(blocks=((6, (3, 2)), (3, ())))
     with ours.decoding(adapter, PACKING_PAYS):
-        found = ours.step(layout, ids, positions)
-        assert (ours._decoder is not None) == bool(ours._decodes)
-    assert ours._decoder is None
+        found = ours.prefill(layout, ids, positions)
+        assert isinstance(ours.passes.prefill, Decoder) == ours.agreed["packed"]
+    with pytest.raises(RuntimeError, match="inside"):
+        ours.prefill(layout, ids, positions)
     with linear_as_it_is(ours, adapter):
         return ours.run_trunk(layout, ids, positions), found
 
@@ -45,7 +56,7 @@ def test_its_numbers_are_the_models(family: str, adapter: str | None):
             if ".lora_B." in name:
                 torch.nn.init.normal_(parameter, std=0.2)
     expected, found = both(ours, adapter)
-    assert ours._decodes
+    assert ours.agreed == {"packed": True}
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -53,7 +64,7 @@ def test_its_numbers_are_the_models(family: str, adapter: str | None):
 def test_another_shape_decodes_through_its_own_layers(family: str):
     ours = backbone(family)
     expected, found = both(ours, None)
-    assert not ours._decodes
+    assert ours.agreed == {"packed": False}
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -62,7 +73,7 @@ def test_a_network_that_only_looks_like_a_llama_is_found_out():
     layer = ours.hf.base_model.layers[0]
     layer.register_forward_hook(lambda module, args, out: 1.05 * out)
     both(ours, None)
-    assert ours._decodes is False
+    assert ours.agreed == {"packed": False}
 
 
 def test_it_reads_the_weights_as_they_are_at_each_call():

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tether.core.batches import Batch
 from tether.core.errors import UserError
-from tether.models import attention, linear
-from tether.models.adapters import active, adapted, folded, low_rank
-from tether.models.decoder import Decoder, llama_shaped
+from tether.models import attention
+from tether.models.adapters import active, low_rank
+from tether.models.decoding import Passes, decoding
 from tether.models.logprobs import HeadOutputs, token_logprobs
-from tether.models.packed import PackedLayout, pack
+from tether.models.packed import PrefillLayout, pack
 
 Mode = Literal["packed", "padded"]
 # Names under which configs and attention modules keep the reach of their local attention.
@@ -25,9 +25,6 @@ WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size")
 PACKED_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # The same of logits of one and the same state: only the rounding of one matrix product is between them.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-# Decoding steps from which packing the weights (0.1 s for 135 M parameters) costs less than it saves.
-PACKING_PAYS = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,9 +51,9 @@ class Backbone:
     # Type of the matrix products of ``hidden`` and ``head``, where it is another than that of the weights. The sampler
     # has its own (``decoding``).
     autocast: torch.dtype | None = None
-    # What the sampler's passes run on inside ``decoding``, where this network has the shape for it.
-    _decoder: Decoder | None = None
-    _decodes: bool | None = None
+    # How the sampler's passes run inside ``decoding``, and which ways were found to give this network's numbers.
+    _passes: Passes | None = None
+    agreed: dict[str, bool] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -180,58 +177,32 @@ class Backbone:
 
     @contextlib.contextmanager
     def decoding(self, adapter: str | None, steps: int, rounded_to: torch.dtype | None = None) -> Iterator[None]:
-        """For the sampler: the passes inside run under ``adapter``, their matrix products in ``rounded_to`` where it is
-        given; for many ``steps`` of them from weights that are packed once, the adapter folded in, where this CPU has
-        such a thing for every layer that is adapted, and the memory for it."""
-        rounded = torch.autocast(self.device.type, dtype=rounded_to, enabled=rounded_to is not None)
-        with rounded, self._packed_for_decoding(adapter, steps, rounded_to or self.dtype):
-            yield
-
-    @contextlib.contextmanager
-    def _packed_for_decoding(self, adapter: str | None, steps: int, kind: torch.dtype) -> Iterator[None]:
-        packs = linear.SERVES and steps >= PACKING_PAYS and linear.packing_fits(self.hf)
-        if not packs or not all(linear.packs(m) for m in adapted(self.hf, adapter)):
-            with active(self.hf, adapter):
-                yield
-            return
-        own = folded(self.hf, adapter)
-
-        def weight_of(layer: nn.Linear) -> Tensor:
-            return own(layer).to(kind)
-
-        if self._decodes is None:
-            self._decodes = self._written_out_agrees(own, adapter)
-        decoder = Decoder(self.hf.base_model, weight_of) if self._decodes else None
-        with (
-            active(self.hf, None),
-            linear.packed_weights(self.hf if decoder is None else self.hf.get_output_embeddings(), weight_of),
-        ):
-            self._decoder = decoder
+        """For the sampler: about ``steps`` passes run inside, under ``adapter``, their matrix products in
+        ``rounded_to`` where it is given. The weights must not change, and nothing else may run the model."""
+        with decoding(self, adapter, steps, rounded_to) as self._passes:
             try:
                 yield
             finally:
-                self._decoder = None
+                self._passes = None
 
-    @torch.no_grad()
-    def _written_out_agrees(self, weight_of: Callable[[nn.Linear], Tensor], adapter: str | None) -> bool:
-        """Whether ``Decoder`` gives what ``run_trunk`` does, tried with nothing rounded."""
-        if not llama_shaped(self.hf.base_model):
-            return False
-        ids = torch.arange(12, device=self.device)[None] % self.config.vocab_size
-        inputs = (PackedLayout(blocks=((5, (4, 3)),)), ids, torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7]]))
-        with torch.autocast(self.device.type, enabled=False), active(self.hf, adapter):
-            expected = self.run_trunk(*inputs)
-            found = Decoder(self.hf.base_model, weight_of)(*inputs)
-        gap = (found - expected).abs().max() / expected.abs().mean()
-        return float(gap) < PACKED_TOLERANCE[self.dtype] * 10
+    def prefill(self, layout: PrefillLayout, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """``run_trunk`` of prompts for the sampler, inside ``decoding``."""
+        return self.passes.prefill(layout, input_ids, position_ids)
 
-    def step(self, layout: attention.Layout, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """``run_trunk`` for the sampler, inside ``decoding``."""
-        return (self._decoder or self.run_trunk)(layout, input_ids, position_ids)
+    def step(self, held: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """``run_trunk`` of one new token [W, 1] of each row that is ``held``, inside ``decoding``."""
+        return self.passes.step(held, input_ids, position_ids)
+
+    @property
+    def passes(self) -> Passes:
+        if self._passes is None:
+            raise RuntimeError("the sampler's passes run inside Backbone.decoding")
+        return self._passes
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, V] float32, for the sampler; under the adapter that is active."""
-        logits = self.hf.get_output_embeddings()(hidden).float()
+        head = self.hf.get_output_embeddings() if self._passes is None else self._passes.logits
+        logits = head(hidden).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits if self.logit_scale == 1 else logits * self.logit_scale

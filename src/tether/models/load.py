@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tether.core.errors import MissingModel, UserError, nearest
 from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
+from tether.models.decoding import prepare
 from tether.models.embedded import EMBEDDED, embedded_folder
 from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
@@ -175,6 +176,8 @@ def load_backbone(
         hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )
     backbone.self_test(say)
+    if not scorer:
+        prepare(backbone, say)
     if attention_layout == "packed" and backbone.mode == "padded":
         raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
     return backbone

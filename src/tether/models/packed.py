@@ -7,7 +7,7 @@ twice and nothing is padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -150,3 +150,20 @@ def pack(batch: Batch) -> PackedRow:
         predicts=torch.cat(predicts).to(device),
         last=torch.tensor(last, device=device),
     )
+
+
+@dataclass(kw_only=True, eq=False)
+class PrefillLayout:
+    """Packed prompts, causal each; keeps every layer's keys and values [1, H_kv, N, D]."""
+
+    lengths: tuple[int, ...]
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
+    ) -> Tensor:
+        self.keys.append(k)
+        self.values.append(v)
+        packed = PackedLayout(blocks=tuple((n, ()) for n in self.lengths))
+        return packed.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)

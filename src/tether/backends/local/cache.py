@@ -7,34 +7,16 @@ completion has added, row by row, and joins the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from tether.models.packed import PackedLayout
+from tether.models.packed import PrefillLayout
 
 # Tokens that the rows' own cache has room for at first; it doubles whenever that is not enough.
 FIRST_ROOM = 64
-
-
-@dataclass(kw_only=True, eq=False)
-class PrefillLayout:
-    """Packed prompts, causal each; keeps every layer's keys and values [1, H_kv, N, D]."""
-
-    lengths: tuple[int, ...]
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
-        packed = PackedLayout(blocks=tuple((n, ()) for n in self.lengths))
-        return packed.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -128,7 +110,8 @@ class DecodeLayout:
         self.lengths[self._resting] = 0
 
     def _arrange(self) -> None:
-        """The rows of one prompt side by side, as attention to the prompts takes them: ``_rows`` [G · n] says whose
+        """The rows of one prompt side by side, as attention to the prompts takes them: ``members`` [W] are the rows,
+        prompt after prompt, those of prompt g from ``first[g]`` on ([G + 1]). ``_rows`` [G · n] says whose
         query stands at each place (a prompt with fewer than n rows has some that nobody reads), ``_place`` [W] where
         each row's stands. Both are None where the rows stand so already."""
         of = self.prompt_of.tolist()
@@ -137,6 +120,8 @@ class DecodeLayout:
             members[prompt].append(row)
         n = max((len(m) for m in members), default=0)
         rows = [row for m in members for row in m + [0] * (n - len(m))]
+        self.members = self.prompt_of.new_tensor([row for m in members for row in m])
+        self.first = self.prompt_of.new_tensor([0, *(len(m) for m in members)]).cumsum(0)
         self._rows = self._place = None
         if rows != list(range(len(of))):
             place = {row: g * n + j for g, m in enumerate(members) for j, row in enumerate(m)}
@@ -144,10 +129,15 @@ class DecodeLayout:
             self._place = self.prompt_of.new_tensor([place[row] for row in range(len(of))])
 
     def begin_step(self) -> None:
-        """Fix what all layers of the coming step share: where the new token goes and which keys it sees."""
+        """Make room for a new token of each row."""
         self._used = int(self.lengths.max()) + 1
+        self._looked = False
         if self._used > self.keys[0].shape[2]:
             self.keys, self.values = ([_wider(t, 2 * t.shape[2]) for t in ts] for ts in (self.keys, self.values))
+
+    def _look(self) -> None:
+        """Fix what all layers of this step share: where the new token goes and which keys it sees."""
+        self._looked = True
         device = self.lengths.device
         self._own = torch.arange(self._used, device=device)
         self._theirs = torch.arange(int(self.prompt_lengths.max()), device=device)
@@ -167,6 +157,8 @@ class DecodeLayout:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
+        if not self._looked:
+            self._look()
         keys, values = self.keys[layer], self.values[layer]
         keys[self._new] = k[:, :, 0]
         values[self._new] = v[:, :, 0]

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tether.backends.local.cache import DecodeLayout, PrefillLayout
+from tether.backends.local.cache import DecodeLayout
 from tether.backends.local.draw import draw, scores, uniforms
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt, Rollout
 from tether.data.chat import ChatTokenizer
+from tether.models.packed import PrefillLayout
 from tether.models.roles import Policy
 
 
@@ -142,7 +143,7 @@ class LocalSampler:
         if prompts:
             ids = torch.cat(list(prompts.values()))[None].to(backbone.device)
             positions = torch.cat([torch.arange(n) for n in layout.lengths])[None].to(backbone.device)
-            hidden = backbone.step(layout, ids, positions)[0]
+            hidden = backbone.prefill(layout, ids, positions)[0]
             ends = torch.tensor(layout.lengths).cumsum(0) - 1
             running.ends.update(zip(prompts, hidden[ends.to(backbone.device)], strict=True))
         groups = list(running.ends)

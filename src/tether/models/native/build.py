@@ -1,0 +1,88 @@
+"""From the C++ beside this file to a loaded library: compiled once for a source and a compiler, then kept."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tether.models.embedded import cache_folder
+from tether.models.linear import SERVES
+
+_HERE = Path(__file__).parent
+# For any CPU with AVX-512: the flags say no more than what `SERVES` has asked.
+_FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v4", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-w")
+# "0" leaves the kernels alone: no compiler is called.
+SWITCH = "TETHER_NATIVE"
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, else the first of g++ and clang++ on the path."""
+    own = os.environ.get("CXX", "").split()
+    return next((found for name in (*own[:1], "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+
+
+def _digest(command: list[str]) -> str:
+    """What the result depends on: the sources, the flags, and which compiler it is."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=60, check=True).stdout
+    found = hashlib.sha256(version + "\0".join(command).encode())
+    for path in sorted(_HERE.glob("*.[ch]*")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _compiled(say: Callable[[str], None]) -> Path:
+    command = [str(compiler()), *_flags()]
+    folder = cache_folder() / "native"
+    path = folder / f"decode-{_digest(command)}.so"
+    if path.exists():
+        return path
+    say(f"compiling the decoding kernels once (about 5 s): {command[0]} -> {path}")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and renamed: another process never loads half a file.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as work:
+        made = Path(work) / path.name
+        done = subprocess.run(
+            [*command, str(_HERE / "decode.cpp"), "-o", str(made)], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode:
+            raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0])
+        made.rename(path)
+    return path
+
+
+_loaded: list[ctypes.CDLL | None] = []
+
+
+def library(say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL | None:
+    """The kernels, or None where they can't be had, which ``say`` hears of. Looked for once in a process."""
+    if not SERVES or os.environ.get(SWITCH) == "0":
+        return None
+    if not _loaded:
+        _loaded.append(_load(say))
+    return _loaded[0]
+
+
+def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
+    if compiler() is None:
+        say("no C++ compiler was found: the sampler decodes through PyTorch (slower, same numbers to rounding)")
+        return None
+    try:
+        kernels = ctypes.CDLL(str(_compiled(say)))
+    except (OSError, subprocess.SubprocessError) as problem:
+        say(f"the decoding kernels can't be compiled: the sampler decodes through PyTorch (slower)\n  {problem}")
+        return None
+    kernels.tether_decode_scratch.restype = ctypes.c_int64
+    kernels.tether_decode.restype = kernels.tether_product.restype = None
+    return kernels
