@@ -10,6 +10,8 @@ import transformers as hf
 
 from model_cases import SMALL, VOCABULARY, backbone
 from tether.backends.local.sampler import LocalSampler
+from tether.core import machine
+from tether.core.machine import cxx
 from tether.core.protocols import SamplingSettings
 from tether.core.text import Prompt
 from tether.models import decoding
@@ -23,7 +25,7 @@ from tether.models.native.decoder import NativeDecoder
 from tether.models.packed import PrefillLayout
 
 needs_kernels = pytest.mark.skipif(
-    not SERVES or build.compiler() is None, reason="no AVX-512, or no C++ compiler: nothing is compiled here"
+    not SERVES or cxx() is None, reason="no AVX-512, or no C++ compiler: nothing is compiled here"
 )
 SERVED = ["llama_heads_16", "qwen2_heads_16", "qwen3"]
 # Sizes at the edges of the kernels' tiles: none of them a multiple of 16 but the depth of a head.
@@ -267,7 +269,7 @@ def test_without_them_the_sampler_goes_on_and_says_so(
         script.chmod(0o755)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(
-        build.shutil, "which", lambda name: str(found) if (found := fresh / "bin" / name).exists() else None
+        machine.shutil, "which", lambda name: str(found) if (found := fresh / "bin" / name).exists() else None
     )
     said: list[str] = []
     ours = backbone("qwen3")

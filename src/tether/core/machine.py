@@ -1,9 +1,11 @@
-"""What this machine is: its processor's name and its memory."""
+"""What this machine is: its processor's name, its memory, its compiler."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 
@@ -23,3 +25,21 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def cxx() -> str | None:
+    """The C++ compiler: $CXX, else the first of g++ and clang++ on the path."""
+    own = os.environ.get("CXX", "").split()
+    return next((found for name in (*own[:1], "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def cxx_version() -> str | None:
+    """What the compiler says of itself in its first line; None without one."""
+    compiler = cxx()
+    if compiler is None:
+        return None
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.partition("\n")[0]

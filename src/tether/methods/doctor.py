@@ -81,6 +81,7 @@ def _processor() -> Iterator[Finding]:
         found=f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and {capability}{has}",
     )
     yield _products()
+    yield _kernels()
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(i)
@@ -166,6 +167,22 @@ def _hub() -> Finding:
     if offline:
         return Finding(name="hub", found=f"HF_HUB_OFFLINE is set: hub ids open from the local cache only{place}")
     return Finding(name="hub", found=f"HF_HUB_OFFLINE is not set: hub ids may be fetched{place}")
+
+
+def _kernels() -> Finding:
+    """Whether the sampler's compiled passes can be had; compiles them if they are not there yet."""
+    from tether.core.machine import cxx_version
+    from tether.models.linear import SERVES
+    from tether.models.native import build
+
+    if not SERVES:
+        return Finding(name="kernels", found="none for this processor: the sampler decodes through PyTorch")
+    said: list[str] = []
+    if build.library(said.append) is not None:
+        return Finding(name="kernels", found=f"the sampler's are compiled ({cxx_version()})")
+    if not said:
+        return Finding(name="kernels", found=f"switched off by {build.SWITCH}=0: the sampler decodes through PyTorch")
+    return Finding(name="kernels", found=said[-1].splitlines()[0], remedy="install g++ or clang++, or set CXX")
 
 
 def _products() -> Finding:

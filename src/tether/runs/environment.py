@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from tether.core.machine import memory_bytes, processor
+from tether.core.machine import cxx_version, memory_bytes, processor
 
 PACKAGES = ("tether-rlhf", "torch", "transformers", "tokenizers", "peft", "safetensors", "numpy")
 # They change speed or bits, and never hold a secret.
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
+VARIABLES = ("TETHER_NATIVE", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")
 
 
 def facts() -> dict[str, Any]:
-    """Time (UTC), Python, packages, processor, memory (bytes), accelerators; JSON-able."""
+    """Time (UTC), Python, packages, processor, memory (bytes), compiler, accelerators; JSON-able."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -26,6 +26,7 @@ def facts() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": memory_bytes(),
+        "compiler": cxx_version(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **_torch_facts(),
     }

@@ -165,11 +165,14 @@ def _check_same(path: Path, config_yaml: str, method: str) -> list[str]:
             + f"\nundo these changes, or name another folder: run.folder={path}-2"
         )
     now = environment.facts()
+    held = dict(before.get("packages", {}))
+    if "compiler" in before:
+        held["the C++ compiler"] = before["compiler"]
+    found = {**now["packages"], "the C++ compiler": now["compiler"]}
     notes = [
-        f"{name} was {old or 'absent'} and is now {now['packages'].get(name) or 'absent'}: "
-        "the run goes on, but not bit for bit"
-        for name, old in before.get("packages", {}).items()
-        if old != now["packages"].get(name)
+        f"{name} was {old or 'absent'} and is now {found.get(name) or 'absent'}: the run goes on, but not bit for bit"
+        for name, old in held.items()
+        if old != found.get(name)
     ]
     before.setdefault("resumed", []).append(now)
     write_text(path / "environment.json", json.dumps(before, indent=2))

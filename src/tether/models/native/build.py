@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tether.core.machine import cxx, cxx_version
 from tether.models.embedded import cache_folder
 from tether.models.linear import SERVES
 
@@ -23,27 +23,20 @@ _FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v4", "-mprefer-vector-width=512", 
 SWITCH = "TETHER_NATIVE"
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first of g++ and clang++ on the path."""
-    own = os.environ.get("CXX", "").split()
-    return next((found for name in (*own[:1], "g++", "clang++") if (found := shutil.which(name))), None)
-
-
 def _flags() -> list[str]:
     return [*_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
 
 
 def _digest(command: list[str]) -> str:
     """What the result depends on: the sources, the flags, and which compiler it is."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, timeout=60, check=True).stdout
-    found = hashlib.sha256(version + "\0".join(command).encode())
+    found = hashlib.sha256("\0".join([str(cxx_version()), *command]).encode())
     for path in sorted(_HERE.glob("*.[ch]*")):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
 def _compiled(say: Callable[[str], None]) -> Path:
-    command = [str(compiler()), *_flags()]
+    command = [str(cxx()), *_flags()]
     folder = cache_folder() / "native"
     path = folder / f"decode-{_digest(command)}.so"
     if path.exists():
@@ -75,7 +68,7 @@ def library(say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL | Non
 
 
 def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
-    if compiler() is None:
+    if cxx() is None:
         say("no C++ compiler was found: the sampler decodes through PyTorch (slower, same numbers to rounding)")
         return None
     try:

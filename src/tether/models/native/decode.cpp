@@ -202,6 +202,7 @@ void attend(const Step &s, const Layer &layer, long prompt, long h, long from, l
         const long row = s.members[from + lane / repeat], n = s.lengths[row] + 1;
         const float *keys = layer.keys + (row * s.shared + h) * s.room * D;
         float *mine = own + lane * room;
+        // After the last key: nothing, which is what an exponential makes of it.
         for (long l = n; l < lanes_of(n); l++) mine[l] = -3e38f;
         for (long l = 0; l < n; l++) {
             vec dot{};
@@ -214,10 +215,7 @@ void attend(const Step &s, const Layer &layer, long prompt, long h, long from, l
         vec parts{};
         for (long l = 0; l < n; l += LANES) {
             const vec e = exponential(load(mine + l) - highest[lane]);
-            // What stands after the last key is no part of the sum.
-            parts += n - l < LANES ? reinterpret_cast<vec>(_mm512_maskz_mov_ps(__mmask16((1u << (n - l)) - 1),
-                                                                              reinterpret_cast<__m512>(e)))
-                                   : e;
+            parts += e;
             store(mine + l, e);
         }
         total[lane] = sum(parts);
