@@ -101,8 +101,8 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 
 def prepare(backbone: Backbone, say: Callable[[str], None]) -> None:
-    """Have the kernels compiled, if they serve this network; ``say`` hears of it once."""
-    if linear.SERVES and _kernels_fit(backbone, backbone.dtype):
+    """Have the kernels compiled, if they are of use to this network; ``say`` hears of it once."""
+    if backbone.mode == "packed" and backbone.dtype == torch.float32 and backbone.device.type == "cpu":
         build.library(say)
 
 

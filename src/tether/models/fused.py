@@ -7,6 +7,7 @@ say that it is what its name says: our function gives what its own forward gives
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -119,6 +120,23 @@ def use_fused(model: nn.Module) -> None:
             _serve_norm(module, last=module is getattr(trunk, "norm", None))
         elif all(isinstance(getattr(module, f"{name}_proj", None), Linear) for name in ("gate", "up", "down")):
             _serve(module, GatedMLP, int(module.gate_proj.in_features))  # type: ignore[union-attr]
+
+
+def use_sparse_embedding(model: nn.Module) -> None:
+    """A tied embedding on a CPU gives its gradient as the rows that were looked up: added to the head's own, that is
+    a thousand rows instead of a second [V, d] and a third for the sum. ``dense_gradients`` undoes it where there is no
+    head's."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(embedding) is nn.Embedding and head is not None and head.weight is embedding.weight:
+        embedding.sparse = embedding.weight.device.type == "cpu"
+
+
+def dense_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """After a backward pass: every gradient is a plain tensor."""
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
 
 
 def _serve_norm(module: nn.Module, *, last: bool) -> None:

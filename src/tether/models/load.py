@@ -23,7 +23,7 @@ from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
 from tether.models.decoding import prepare
 from tether.models.embedded import EMBEDDED, embedded_folder
-from tether.models.fused import use_fused
+from tether.models.fused import use_fused, use_sparse_embedding
 from tether.models.linear import use_fast_linear
 from tether.models.reading import KEY, LAST, Reading
 from tether.models.roles import Policy, Scorer, new_head
@@ -172,12 +172,12 @@ def load_backbone(
     network.requires_grad_(False)
     use_fast_linear(network)
     use_fused(network)
+    use_sparse_embedding(network)
     backbone = Backbone(
         hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )
     backbone.self_test(say)
-    if not scorer:
-        prepare(backbone, say)
+    prepare(backbone, say)
     if attention_layout == "packed" and backbone.mode == "padded":
         raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
     return backbone

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tether.models import cpu_attention
 from tether.models.attention import join
+from tether.models.native import attention as native
 
 Blocks = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -91,4 +92,6 @@ class _SharedPrefix(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
     """q [1, H, N, D]; k, v [1, H_kv, N, D] -> [1, H, N, D]. ``blocks``: as ``PackedLayout`` has them."""
+    if native.serves(q, k, v):
+        return native.attend(q, k, v, blocks, scale)
     return _SharedPrefix.apply(q, k, v, blocks, scale)  # type: ignore[return-value]

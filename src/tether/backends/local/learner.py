@@ -18,6 +18,7 @@ from tether.core.metrics import Mean, Metrics, merge
 from tether.core.protocols import Loss
 from tether.data.batching import micro_batches
 from tether.models.adapters import dropout_on
+from tether.models.fused import dense_gradients
 from tether.models.roles import ActorCritic, Policy, Role
 from tether.models.work import training_work
 
@@ -89,6 +90,7 @@ class LocalLearner:
                 self._nonfinite_loss = True
                 continue
             (total * (weight / count)).backward()
+            dense_gradients(self.parameters.values())
             parts.append({"loss": Mean(float(total.detach()), output.loss.count), **output.metrics})
         # A prompt that several micro-batches computed was of use once.
         self.tokens_seen += packed_tokens(batch)

@@ -38,7 +38,7 @@ def _digest(command: list[str]) -> str:
 def _compiled(say: Callable[[str], None]) -> Path:
     command = [str(cxx()), *_flags()]
     folder = cache_folder() / "native"
-    path = folder / f"decode-{_digest(command)}.so"
+    path = folder / f"kernels-{_digest(command)}.so"
     if path.exists():
         return path
     say(f"compiling the decoding kernels once (about 5 s): {command[0]} -> {path}")
@@ -46,9 +46,8 @@ def _compiled(say: Callable[[str], None]) -> Path:
     # Built beside its place and renamed: another process never loads half a file.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as work:
         made = Path(work) / path.name
-        done = subprocess.run(
-            [*command, str(_HERE / "decode.cpp"), "-o", str(made)], capture_output=True, text=True, timeout=300
-        )
+        sources = map(str, sorted(_HERE.glob("*.cpp")))
+        done = subprocess.run([*command, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0])
         made.rename(path)
@@ -77,5 +76,6 @@ def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
         say(f"the decoding kernels can't be compiled: the sampler decodes through PyTorch (slower)\n  {problem}")
         return None
     kernels.tether_decode_scratch.restype = ctypes.c_int64
-    kernels.tether_decode.restype = kernels.tether_product.restype = None
+    for name in ("tether_decode", "tether_product", "tether_attention", "tether_attention_backward"):
+        getattr(kernels, name).restype = None
     return kernels

@@ -58,7 +58,7 @@ inline void add(vec &to, Pair w, vec x) {
 #endif
 
 // Outputs of a tile that is B vectors wide: as many sums as the registers hold.
-constexpr int outputs(int B) { return B == 1 ? 16 : B == 2 ? 12 : 6; }
+constexpr int outputs(int B) { return B == 1 ? 16 : B == 2 ? 12 : B == 3 ? 8 : 6; }
 
 // to[n][b] += sum over k < K of w[n * by_n + k * by_k] x[k][b]. What is read next comes into the cache meanwhile, from
 // `ahead`, a line for each line that is used (null: nothing does).
@@ -100,6 +100,32 @@ inline void tiles(const W *w, long by_n, long by_k, long K, const float *x, long
     }
     if constexpr (N > 1)
         if (n < to) tiles<N / 2, B>(w, by_n, by_k, K, x, lanes, n, to, next, done);
+}
+
+// [16][16] -> [16][16] transposed: rows `by_row` and `to_row` numbers apart.
+inline void transpose(const float *from, long by_row, float *to, long to_row) {
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(from + i * by_row);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; half++) {
+            const __m512d a = _mm512_castps_pd(t[i + half]), b = _mm512_castps_pd(t[i + 2 + half]);
+            r[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            r[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_ps(to + i * to_row, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_ps(to + (i + 8) * to_row, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+    }
 }
 
 }  // namespace tether
