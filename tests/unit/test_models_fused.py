@@ -6,11 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from model_cases import build
+from model_cases import RAGGED, backbone, build
+from tether.backends.local import learner
+from tether.core.batches import Batch, Outputs
+from tether.core.metrics import Mean
+from tether.core.protocols import LossOutput
+from tether.losses import CrossEntropy
 from tether.models import linear
 from tether.models.adapters import active, add_adapter
 from tether.models.fused import GatedMLP, Norm, use_fused
 from tether.models.linear import use_fast_linear
+from tether.models.roles import Policy, Scorer, new_head
 
 # Family -> what its norms hold less of in their weight.
 SHIFTS = {"llama": 0.0, "qwen3": 0.0, "gemma2": 1.0, "gemma3": 1.0, "olmo3": 0.0}
@@ -114,3 +120,37 @@ def test_under_autocast_what_feeds_a_product_is_rounded_and_the_last_state_is_no
             for found, expected in ((y, z), gradients):
                 assert (found.double() - expected).norm() < 0.02 * expected.norm()
             assert gradients[0].dtype == torch.float32
+
+
+class SquaredScores:
+    """Σ score²: a loss that the language-model head has no part in."""
+
+    needs: frozenset[str] = frozenset()
+
+    def count(self, batch: Batch) -> float:
+        return float(len(batch.lengths))
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossOutput:
+        assert outputs.scores is not None
+        return LossOutput(loss=Mean(outputs.scores.square().sum(), self.count(batch)))
+
+
+@pytest.mark.parametrize("budget", [10_000, 12], ids=["one micro-batch", "several"])
+@pytest.mark.parametrize("head", ["own", "none"])
+def test_a_tied_embedding_has_the_gradient_of_both_its_uses(head: str, budget: int, monkeypatch: pytest.MonkeyPatch):
+    """As rows where the language-model head has a gradient too, and alone, for a reward model's; always a plain one."""
+    found = []
+    for sparse in (True, False):
+        if not sparse:
+            monkeypatch.setattr(learner, "use_sparse_embedding", lambda network: None)
+        ours = backbone("llama_tied")
+        torch.manual_seed(0)
+        role = Policy(backbone=ours) if head == "own" else Scorer(backbone=ours, head=new_head(ours, zero=False))
+        settings = learner.AdamWSettings(learning_rate=lambda step: 0.0)
+        made = learner.LocalLearner(role, settings, tokens_per_micro_batch=budget)
+        made.forward_backward(RAGGED, CrossEntropy() if head == "own" else SquaredScores())
+        gradient = ours.hf.get_input_embeddings().weight.grad
+        assert ours.hf.get_input_embeddings().sparse == sparse
+        assert not gradient.is_sparse and gradient.abs().max() > 0
+        found.append(gradient.clone())
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)

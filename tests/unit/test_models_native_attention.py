@@ -1,4 +1,4 @@
-"""The compiled attention: values and gradients are those of scores written out in float64, for every shape of a tile."""
+"""The compiled attention: values and gradients are those of scores written out in float64, whatever the shapes."""
 
 import pytest
 import torch

