@@ -247,10 +247,22 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_they_are_compiled_once_and_that_is_said(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
     assert build.library(said.append) is build.library(said.append)
-    assert len(said) == 1 and "compiling the decoding kernels once" in said[0] and str(fresh) in said[0]
+    assert len(said) == 1 and "compiling the kernels once" in said[0] and str(fresh) in said[0]
     monkeypatch.setattr(build, "_loaded", [])
     assert build.library(said.append) is not None
     assert len(said) == 1 and len(list((fresh / "native").iterdir())) == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [".", "kernels-*.so"])
+def test_a_library_that_others_may_write_is_not_loaded(place: str, fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    build.library()
+    monkeypatch.setattr(build, "_loaded", [])
+    found = next((fresh / "native").glob(place)) if place != "." else fresh / "native"
+    found.chmod(0o777)
+    said: list[str] = []
+    assert build.library(said.append) is None
+    assert "can be written by other users" in said[0] and str(found) in said[0]
 
 
 @pytest.mark.skipif(not SERVES, reason="nothing is compiled for this CPU")
@@ -274,7 +286,7 @@ def test_without_them_the_sampler_goes_on_and_says_so(
     said: list[str] = []
     ours = backbone("qwen3")
     decoding.prepare(ours, said.append)
-    assert reason in said[-1] and "decodes through PyTorch" in said[-1]
+    assert reason in said[-1] and "go through PyTorch" in said[-1]
     decoding.prepare(ours, said.append)
     assert len(said) == (2 if compiler == "broken" else 1), "once"
     assert drawn(ours, None)

@@ -170,18 +170,20 @@ def _hub() -> Finding:
 
 
 def _kernels() -> Finding:
-    """Whether the sampler's compiled passes can be had; compiles them if they are not there yet."""
+    """Whether the compiled kernels can be had; compiles them if they are not there yet."""
     from tether.core.machine import cxx_version
     from tether.models.linear import SERVES
     from tether.models.native import build
 
     if not SERVES:
-        return Finding(name="kernels", found="none for this processor: the sampler decodes through PyTorch")
+        return Finding(name="kernels", found="none for this processor: attention and decoding go through PyTorch")
     said: list[str] = []
     if build.library(said.append) is not None:
-        return Finding(name="kernels", found=f"the sampler's are compiled ({cxx_version()})")
+        return Finding(name="kernels", found=f"compiled ({cxx_version()})")
     if not said:
-        return Finding(name="kernels", found=f"switched off by {build.SWITCH}=0: the sampler decodes through PyTorch")
+        return Finding(
+            name="kernels", found=f"switched off by {build.SWITCH}=0: attention and decoding go through PyTorch"
+        )
     return Finding(name="kernels", found=said[-1].splitlines()[0], remedy="install g++ or clang++, or set CXX")
 
 

@@ -1,4 +1,5 @@
-"""Attention of one block of queries to one block of keys on a CPU, and its gradient: two ways, one result.
+"""Attention of one block of queries to one block of keys on a CPU, and its gradient: two ways, one result. Both are
+for what the compiled kernels do not take (``native/attention.py``).
 
 PyTorch's fused kernel holds no scores, and is the faster one in float32. In bfloat16 it takes three times as long as
 batched products by oneDNN with the scores in the open, which are used while there are few enough of them.

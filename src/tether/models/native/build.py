@@ -27,6 +27,11 @@ def _flags() -> list[str]:
     return [*_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
 
 
+def _openmp() -> list[str]:
+    """The OpenMP that PyTorch brings along, if it does: a second one's threads would fight for the same cores."""
+    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]]
+
+
 def _digest(command: list[str]) -> str:
     """What the result depends on: the sources, the flags, and which compiler it is."""
     found = hashlib.sha256("\0".join([str(cxx_version()), *command]).encode())
@@ -41,17 +46,28 @@ def _compiled(say: Callable[[str], None]) -> Path:
     path = folder / f"kernels-{_digest(command)}.so"
     if path.exists():
         return path
-    say(f"compiling the decoding kernels once (about 5 s): {command[0]} -> {path}")
-    folder.mkdir(parents=True, exist_ok=True)
+    say(f"compiling the kernels once (about 10 s): {command[0]} -> {path}")
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     # Built beside its place and renamed: another process never loads half a file.
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as work:
         made = Path(work) / path.name
         sources = map(str, sorted(_HERE.glob("*.cpp")))
-        done = subprocess.run([*command, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300)
+        build = [*command, *sources, *_openmp(), "-o", str(made)]
+        done = subprocess.run(build, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise OSError((done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0])
+        # Nobody else's to write, whatever the umask says: see _check_own.
+        made.chmod(0o755)
         made.rename(path)
     return path
+
+
+def _check_own(path: Path) -> None:
+    """A library runs code: OSError if somebody else could have written it."""
+    for place in (path, path.parent):
+        found = place.stat()
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & 0o022:
+            raise OSError(f"{place} can be written by other users: make it yours alone, or set TETHER_CACHE")
 
 
 _loaded: list[ctypes.CDLL | None] = []
@@ -68,12 +84,14 @@ def library(say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL | Non
 
 def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
     if cxx() is None:
-        say("no C++ compiler was found: the sampler decodes through PyTorch (slower, same numbers to rounding)")
+        say("no C++ compiler was found: attention and decoding go through PyTorch (slower, same numbers to rounding)")
         return None
     try:
-        kernels = ctypes.CDLL(str(_compiled(say)))
+        path = _compiled(say)
+        _check_own(path)
+        kernels = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as problem:
-        say(f"the decoding kernels can't be compiled: the sampler decodes through PyTorch (slower)\n  {problem}")
+        say(f"the kernels can't be had: attention and decoding go through PyTorch (slower)\n  {problem}")
         return None
     kernels.tether_decode_scratch.restype = ctypes.c_int64
     for name in ("tether_decode", "tether_product", "tether_attention", "tether_attention_backward"):
