@@ -30,21 +30,27 @@ class Bench:
     say: Say
     memory: int
 
-    def open(self, process: Process, work: Work, **options: Any) -> dict[str, Any]:
-        """The facts that an arm tells of itself."""
+    def begin(self, process: Process, work: Work, **options: Any) -> None:
+        """Have an arm load its model; its answer holds the facts that it tells of itself."""
         spec = {"kind": work.kind, "model": self.model, **work.spec, **options}
-        return process.ask("open", work=spec, threads=self.threads)["facts"]
+        process.tell("open", work=spec, threads=self.threads)
+
+    def open(self, process: Process, work: Work) -> dict[str, Any]:
+        """``begin``, waited for: the facts."""
+        self.begin(process, work)
+        return process.answer()["facts"]
 
 
 def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any]:
     """What is known of ``work`` afterwards, ready for JSON; ``void`` says why it was not timed, where it was not."""
     with ExitStack() as stack:
-        # All begin at once: reading their libraries takes each some seconds.
+        # All begin at once: reading libraries and a model takes each some seconds.
         ours, theirs, ceiling = (
             stack.enter_context(bench.start(arm)) for arm in ("tether_arm", rival.arm, "ceiling_arm")
         )
-        facts = bench.open(ours, work, rounded=rival.rounded)
-        other = bench.open(theirs, work, **rival.options)
+        bench.begin(ours, work, rounded=rival.rounded)
+        bench.begin(theirs, work, **rival.options)
+        facts, other = ours.answer()["facts"], theirs.answer()["facts"]
         mine = ours.ask("agree")
         other_side = theirs.ask("agree", **_passed_on(mine))
         found = agreement(mine, other_side, rounded=rival.rounded)

@@ -36,19 +36,26 @@ class Process:
         )
         self.pid = self._process.pid
 
-    def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        """Its answer. Raises ArmFailed where it has none, with the last line of what it printed."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+    def tell(self, do: str, **more: Any) -> None:
+        """Ask for something whose ``answer`` is read later."""
+        assert self._process.stdin is not None
+        # An arm that has ended says so when its answer is read.
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do, **more}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self) -> dict[str, Any]:
+        """Raises ArmFailed where there is none, with the last line of what the arm printed."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"ended: {self._last_words()}"}
         if "error" in answer:
             raise ArmFailed(f"{self.name}: {answer['error']}")
         return answer
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        self.tell(do, **more)
+        return self.answer()
 
     def _last_words(self) -> str:
         self._process.wait()

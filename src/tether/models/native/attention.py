@@ -1,4 +1,4 @@
-"""Attention of a packed row and its gradient by ``attention.cpp``, for float32 on a CPU.
+"""Attention of a packed row and its gradient by ``attention.cpp``, on a CPU; in float32, also of bfloat16.
 
 Blocks are those of ``PackedLayout``: per prompt, its length and the lengths of its completions. Of a row only q, k, v,
 the output and one number per query and head are kept for the backward (Dao 2022, algorithm 4).
@@ -17,6 +17,7 @@ from tether.models.native import build
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 LANES = 16
+_TYPES = (torch.float32, torch.bfloat16)
 Blocks = tuple[tuple[int, tuple[int, ...]], ...]
 
 
@@ -35,7 +36,7 @@ class _Attention(ctypes.Structure):
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these: q [1, H, N, D]; k, v [1, H_kv, N, D]."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.stride(3) == 1 for t in (q, k, v))
+    plain = all(t.dtype in _TYPES and t.device.type == "cpu" and t.stride(3) == 1 for t in (q, k, v))
     return plain and q.shape[3] % LANES == 0 and q.shape[3] == v.shape[3] and build.library() is not None
 
 
@@ -122,4 +123,4 @@ def _kernels() -> ctypes.CDLL:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
     """q [1, H, N, D]; k, v [1, H_kv, N, D] -> [1, H, N, D], of what ``serves`` takes."""
-    return _Attend.apply(q, k, v, blocks, scale)  # type: ignore[return-value]
+    return _Attend.apply(q.float(), k.float(), v.float(), blocks, scale).to(q.dtype)  # type: ignore[return-value]
