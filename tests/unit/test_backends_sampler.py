@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from draw_cases import nucleus
+from draw_cases import PROMPTS, Letters, nucleus
 from model_cases import FAMILIES, UNPACKABLE, backbone, plain_twin
 from tether.backends.local import cache
 from tether.backends.local.draw import uniforms
@@ -29,24 +28,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are packed, and caches grow, for completions as short as these, too."""
     monkeypatch.setattr(decoding, "PACKING_PAYS", 2)
     monkeypatch.setattr(cache, "FIRST_ROOM", 3)
-
-
-class Letters:
-    """Token i is chr(i); a prompt's tokens are those of its text. Nothing stops but ``stop_ids``."""
-
-    def __init__(self, *stop_ids: int) -> None:
-        self.stop_ids = frozenset(stop_ids)
-
-    def prompt(self, prompt: Prompt) -> Tensor:
-        return torch.tensor([3 + ord(c) % 90 for c in prompt.text or ""])
-
-    def decode(self, tokens: Tensor) -> str:
-        return "".join(chr(161 + i) for i in tokens.tolist() if i not in self.stop_ids)
-
-
-PROMPTS = [
-    Prompt(id=f"p{i}", text=text) for i, text in enumerate(["a", "a longer prompt", "short", "bb", "middle one"])
-]
 
 
 def sampler(policy: Policy | None = None, *stop_ids: int, width: int = 64) -> LocalSampler:

@@ -8,18 +8,19 @@ import pytest
 import torch
 import transformers as hf
 
+from draw_cases import PROMPTS, Letters
 from model_cases import SMALL, VOCABULARY, backbone
 from tether.backends.local.sampler import LocalSampler
 from tether.core import machine
 from tether.core.machine import cxx
 from tether.core.protocols import SamplingSettings
-from tether.core.text import Prompt
 from tether.models import decoding
 from tether.models.adapters import add_adapter
 from tether.models.attention import NAME
 from tether.models.backbone import Backbone
 from tether.models.fused import use_fused
 from tether.models.linear import SERVES, use_fast_linear
+from tether.models.load import load_backbone
 from tether.models.native import build
 from tether.models.native.decoder import NativeDecoder
 from tether.models.packed import PrefillLayout
@@ -148,23 +149,10 @@ def test_threads_change_no_bit(threads: int):
         torch.set_num_threads(before)
 
 
-class Letters:
-    stop_ids = frozenset([7, 8])
-
-    def prompt(self, prompt: Prompt) -> torch.Tensor:
-        return torch.tensor([3 + ord(c) % 90 for c in prompt.text or ""])
-
-    def decode(self, tokens: torch.Tensor) -> str:
-        return "".join(chr(161 + i) for i in tokens.tolist())
-
-
-PROMPTS = [Prompt(id=f"p{i}", text=text) for i, text in enumerate(["a", "a longer prompt", "short", "bb", "middle"])]
-
-
 def drawn(ours: Backbone, adapter: str | None, autocast: str = "off") -> list[Any]:
     from tether.models.roles import Policy
 
-    live = LocalSampler(policy=Policy(backbone=ours, adapter=adapter), chat=Letters(), width=6)  # type: ignore[arg-type]
+    live = LocalSampler(policy=Policy(backbone=ours, adapter=adapter), chat=Letters(7, 8), width=6)  # type: ignore[arg-type]
     return live.sample(PROMPTS, n=4, settings=SamplingSettings(max_new_tokens=18, autocast=autocast), seed=1)
 
 
@@ -299,3 +287,11 @@ def test_the_switch_leaves_them_alone(fresh: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(build.SWITCH, "0")
     assert build.library() is None
     assert not list(fresh.iterdir())
+
+
+@needs_kernels
+def test_opening_a_model_says_that_they_are_compiled(fresh: Path, tiny_model_folder: Path):
+    said: list[str] = []
+    load_backbone(str(tiny_model_folder), say=said.append)
+    load_backbone(str(tiny_model_folder), say=said.append)
+    assert len(said) == 1 and "compiling the kernels once" in said[0]

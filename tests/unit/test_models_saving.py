@@ -212,6 +212,7 @@ def test_an_architecture_that_cannot_be_packed(family: str, tiny_tokenizer, tmp_
     truth = one_by_one(plain, RAGGED)
     said: list[str] = []
     ours = load_backbone(str(folder), device="cpu", say=said.append)
+    said = [line for line in said if not line.startswith("compiling the kernels")]
     assert ours.mode == "padded" and said == ours.notes and len(said) == 1
     torch.testing.assert_close(Policy(backbone=ours)(RAGGED).logprobs, pad_rows(truth.logprobs).float(), **CLOSE)
     scorer = Scorer(backbone=ours, head=new_head(ours, zero=False))

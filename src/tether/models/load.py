@@ -175,8 +175,9 @@ def load_backbone(
     backbone = Backbone(
         hf=network, tokenizer=tokenizer, name=name, mode="padded" if attention_layout == "padded" else "packed"
     )
-    backbone.self_test(say)
+    # Before the self-test, whose passes would have them compiled in silence.
     prepare(backbone, say)
+    backbone.self_test(say)
     if attention_layout == "packed" and backbone.mode == "padded":
         raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
     return backbone
