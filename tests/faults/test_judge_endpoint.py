@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,15 +77,12 @@ class Server:
             self.running += 1
             self.most = max(self.most, self.running)
             step = self.script.pop(0) if self.script else ("good",)
-        try:
-            if self.delay:
-                time.sleep(self.delay)
+        time.sleep(self.delay)
+        # Before the reply: whoever has that may ask again before this thread goes on.
+        with self.lock:
+            self.running -= 1
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.reply(request, body, *step)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        finally:
-            with self.lock:
-                self.running -= 1
 
     def reply(self, request, body, kind, *rest) -> None:
         if kind == "status":
