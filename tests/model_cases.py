@@ -10,6 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 from tether.core.batches import Batch, pad_rows
+from tether.models.adapters import add_adapter
 from tether.models.attention import NAME
 from tether.models.backbone import Backbone
 from tether.models.fused import use_fused
@@ -150,6 +151,16 @@ def backbone(family: str, mode: str = "packed", *, seed: int = 0) -> Backbone:
     use_fast_linear(model)
     use_fused(model)
     return Backbone(hf=model, tokenizer=None, name=family, mode=mode)  # type: ignore[arg-type]
+
+
+def adapt(ours: Backbone, adapter: str | None) -> None:
+    """Give ``ours`` an adapter of that name, if any, that changes what it says."""
+    if adapter is None:
+        return
+    add_adapter(ours.hf, adapter, rank=2, alpha=4)
+    for name, parameter in ours.hf.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.2)
 
 
 def random_batch(prompt_lengths: Sequence[int], rows: Sequence[tuple[int, int]], seed: int = 0) -> Batch:

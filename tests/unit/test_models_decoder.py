@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from model_cases import backbone
+from model_cases import adapt, backbone
 from tether.models import linear
-from tether.models.adapters import add_adapter
 from tether.models.backbone import Backbone
 from tether.models.decoder import Decoder
 from tether.models.decoding import PACKING_PAYS
@@ -50,11 +49,7 @@ def linear_as_it_is(ours: Backbone, adapter: str | None):
 @pytest.mark.parametrize("family", SERVED)
 def test_its_numbers_are_the_models(family: str, adapter: str | None):
     ours = backbone(family)
-    if adapter:
-        add_adapter(ours.hf, adapter, rank=2, alpha=4)
-        for name, parameter in ours.hf.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+    adapt(ours, adapter)
     expected, found = both(ours, adapter)
     assert ours.agreed == {"packed": True}
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)

@@ -9,13 +9,12 @@ import torch
 import transformers as hf
 
 from draw_cases import PROMPTS, Letters
-from model_cases import SMALL, VOCABULARY, backbone
+from model_cases import SMALL, VOCABULARY, adapt, backbone
 from tether.backends.local.sampler import LocalSampler
 from tether.core import machine
 from tether.core.machine import cxx
 from tether.core.protocols import SamplingSettings
 from tether.models import decoding
-from tether.models.adapters import add_adapter
 from tether.models.attention import NAME
 from tether.models.backbone import Backbone
 from tether.models.fused import use_fused
@@ -161,11 +160,7 @@ def drawn(ours: Backbone, adapter: str | None, autocast: str = "off") -> list[An
 @pytest.mark.parametrize("family", SERVED)
 def test_draws_are_those_of_the_packed_passes(family: str, adapter: str | None, monkeypatch: pytest.MonkeyPatch):
     ours = backbone(family)
-    if adapter:
-        add_adapter(ours.hf, adapter, rank=2, alpha=4)
-        for name, parameter in ours.hf.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.2)
+    adapt(ours, adapter)
     found = drawn(ours, adapter)
     assert ours.agreed == {"compiled": True}
     monkeypatch.setenv(build.SWITCH, "0")
@@ -201,6 +196,18 @@ def test_a_network_that_they_do_not_fit_decodes_otherwise():
     halved.hf.to(torch.bfloat16)
     with halved.decoding(None, 1):
         assert not isinstance(halved.passes, NativeDecoder)
+
+
+@needs_kernels
+def test_layers_of_different_sizes_decode_otherwise():
+    """As pruning leaves them: the kernels have memory for one size."""
+    ours = backbone("qwen3")
+    mlp = ours.hf.base_model.layers[1].mlp
+    for name, (outputs, inputs) in {"gate": (64, 32), "up": (64, 32), "down": (32, 64)}.items():
+        setattr(mlp, f"{name}_proj", torch.nn.Linear(inputs, outputs, bias=False))
+    use_fast_linear(ours.hf)
+    with ours.decoding(None, 1):
+        assert not isinstance(ours.passes, NativeDecoder)
 
 
 @needs_kernels

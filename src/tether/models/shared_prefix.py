@@ -17,8 +17,7 @@ from torch import Tensor
 from tether.models import cpu_attention
 from tether.models.attention import join
 from tether.models.native import attention as native
-
-Blocks = tuple[tuple[int, tuple[int, ...]], ...]
+from tether.models.native.attention import Blocks
 
 
 def _spans(blocks: Blocks) -> Iterator[tuple[slice, slice, list[slice]]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from tether.models.native import build
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-LANES = 16
 _TYPES = (torch.float32, torch.bfloat16)
 Blocks = tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -37,7 +36,7 @@ class _Attention(ctypes.Structure):
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take these: q [1, H, N, D]; k, v [1, H_kv, N, D]."""
     plain = all(t.dtype in _TYPES and t.device.type == "cpu" and t.stride(3) == 1 for t in (q, k, v))
-    return plain and q.shape[3] % LANES == 0 and q.shape[3] == v.shape[3] and build.library() is not None
+    return plain and q.shape[3] % build.LANES == 0 and q.shape[3] == v.shape[3] and build.library() is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,8 +52,8 @@ def _plan(blocks: Blocks) -> tuple[Tensor, Tensor]:
         start = at
         for i, length in enumerate((prompt, *completions)):
             seen = prompt if i else 0
-            for first in range(start, start + length, LANES):
-                queries.append((start, first, min(LANES, start + length - first), at, seen))
+            for first in range(start, start + length, build.LANES):
+                queries.append((start, first, min(build.LANES, start + length - first), at, seen))
             start += length
         at = start
         group.append(len(queries))

@@ -16,6 +16,8 @@ from tether.core.machine import cxx, cxx_version
 from tether.models.embedded import cache_folder
 from tether.models.linear import SERVES
 
+# Numbers in a vector: `LANES` of kernels.h.
+LANES = 16
 _HERE = Path(__file__).parent
 # For any CPU with AVX-512: the flags say no more than what `SERVES` has asked.
 _FLAGS = ("-std=c++17", "-O3", "-march=x86-64-v4", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-w")

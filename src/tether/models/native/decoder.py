@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from tether.models.attention import Layout
 from tether.models.fused import Norm
+from tether.models.native import build
 from tether.models.packed import PrefillLayout
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-# Numbers in a vector; largest head and most query heads to a key head that `decode.cpp` has room for.
-_LANES, _DEEPEST, _MOST_QUERIES = 16, 512, 64
+# Largest head and most query heads to a key head that `decode.cpp` has room for.
+_DEEPEST, _MOST_QUERIES = 512, 64
 
 
 class _Linear(ctypes.Structure):
@@ -66,15 +67,26 @@ def _base(module: Any) -> Any:
     return getattr(module, "base_layer", module)
 
 
+def _sizes(layer: Any) -> tuple[Any, ...]:
+    """Depth of a head, then outputs and inputs of the seven products of a layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    products = [_base(getattr(attention, f"{n}_proj")) for n in "qkvo"]
+    products += [_base(getattr(mlp, f"{n}_proj")) for n in ("gate", "up", "down")]
+    return attention.head_dim, *((p.out_features, p.in_features) for p in products)
+
+
 def fits(trunk: Any, kind: torch.dtype) -> bool:
     """Whether the kernels are written for the sizes of a Llama-shaped ``trunk`` and products in ``kind``."""
-    attention, mlp = trunk.layers[0].self_attn, trunk.layers[0].mlp
-    heads, shared = (_base(p).out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj))
+    # Their memory is laid out once for all layers; one that was pruned would write beyond it.
+    sizes, *others = {_sizes(layer) for layer in trunk.layers}
+    depth, (queries, width), (keys, _), (values, _), out, gate, up, down = sizes
+    heads, shared = queries // depth, keys // depth
+    plain = not others and keys == values and out == (width, queries) and gate == up == (down[1], width)
     # Numbers in bfloat16 are taken in pairs.
-    even = all(_base(p).in_features % 2 == 0 for p in (attention.q_proj, attention.o_proj, mlp.down_proj))
+    even = all(size % 2 == 0 for size in (width, queries, down[1]))
     rounds = kind == torch.bfloat16 and even and torch.cpu._is_avx512_bf16_supported()
-    depth_fits = attention.head_dim % _LANES == 0 and attention.head_dim <= _DEEPEST
-    return (kind == torch.float32 or rounds) and depth_fits and heads // shared <= _MOST_QUERIES
+    depth_fits = depth % build.LANES == 0 and depth <= _DEEPEST
+    return plain and (kind == torch.float32 or rounds) and depth_fits and heads // shared <= _MOST_QUERIES
 
 
 class NativeDecoder:
@@ -177,7 +189,7 @@ class NativeDecoder:
         rows, width = hidden.shape
         out = hidden.new_empty(rows, self.head.outputs)
         threads = torch.get_num_threads()
-        scratch = torch.empty((1 + threads) * width * (-(-rows // _LANES) * _LANES))
+        scratch = torch.empty((1 + threads) * width * (-(-rows // build.LANES) * build.LANES))
         self.library.tether_product(
             ctypes.byref(self.head),
             _INT(width),
