@@ -15,6 +15,7 @@ from tether.models.attention import NAME
 from tether.models.backbone import Backbone
 from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
+from tether.models.native.layer import use_native_layers
 
 VOCABULARY = 96
 SMALL = {
@@ -150,6 +151,8 @@ def backbone(family: str, mode: str = "packed", *, seed: int = 0) -> Backbone:
         model.set_attn_implementation(NAME)
     use_fast_linear(model)
     use_fused(model)
+    if mode == "packed":
+        use_native_layers(model.base_model)
     return Backbone(hf=model, tokenizer=None, name=family, mode=mode)  # type: ignore[arg-type]
 
 

@@ -55,6 +55,18 @@ def test_its_numbers_are_the_models(family: str, adapter: str | None):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_a_window_that_no_short_row_reaches_is_a_window():
+    """Mistral 7B's is of 4,096 tokens: a comparison of short rows sees nothing of it."""
+    ours = backbone("mistral_window")
+    ours.hf.config.sliding_window = 64
+    both(ours, None)
+    assert ours.agreed == {"packed": False}
+    ours.hf.config.sliding_window = None
+    ours.agreed.clear()
+    both(ours, None)
+    assert ours.agreed == {"packed": True}
+
+
 @pytest.mark.parametrize("family", NOT_SERVED)
 def test_another_shape_decodes_through_its_own_layers(family: str):
     ours = backbone(family)

@@ -281,6 +281,7 @@ def test_without_them_the_sampler_goes_on_and_says_so(
     )
     said: list[str] = []
     ours = backbone("qwen3")
+    build._loaded.clear()  # a first look, in silence
     decoding.prepare(ours, said.append)
     assert reason in said[-1] and "go through PyTorch" in said[-1]
     decoding.prepare(ours, said.append)

@@ -91,6 +91,13 @@ def running(layer: Any) -> str | None:
     return None if getattr(layer, "_disable_adapters", True) else layer._active_adapter[0]
 
 
+def bare(layer: Any) -> Any:
+    """A layer, or what an adapter that does not act on it now was put on; None where one acts."""
+    if not hasattr(layer, "base_layer"):
+        return layer
+    return None if running(layer) in layer.lora_A else layer.base_layer
+
+
 def low_rank(layer: Any, name: str | None, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
     """What adapter ``name`` adds to a linear layer, as (alpha / rank · A h [K, r], B [out, r]); None where there is
     none."""

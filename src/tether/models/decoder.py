@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from tether.models.attention import Layout
 from tether.models.fused import Norm, inverse_rms
-from tether.models.linear import Linear, pack
+from tether.models.linear import Linear, pack, product_onto
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -46,7 +46,7 @@ def _added(x: Tensor, other: Tensor, packed: tuple[Tensor, Tensor | None]) -> Te
     """x Wᵀ + b + ``other``, in the type of ``other``."""
     if other.dtype != packed[0].dtype:
         return other + _linear(x, packed)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, *packed, "add")
+    return product_onto(other, x, *packed)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
@@ -61,17 +61,20 @@ def llama_shaped(trunk: Any) -> bool:
     parts = (getattr(trunk, "embed_tokens", None), getattr(trunk, "rotary_emb", None))
     if not isinstance(layers, nn.ModuleList) or None in parts or not isinstance(getattr(trunk, "norm", None), Norm):
         return False
-    return all(_has_parts(layer) for layer in layers)
+    return all(has_parts(layer) for layer in layers)
 
 
-def _has_parts(layer: Any) -> bool:
+def has_parts(layer: Any) -> bool:
+    """Whether a layer has the parts of a Llama's, under their names, and no window or cap."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     norms = [getattr(layer, n, None) for n in ("input_layernorm", "post_attention_layernorm")]
     products = [getattr(attention, n, None) for n in (*_PROJECTIONS, "o_proj")]
     products += [getattr(mlp, f"{n}_proj", None) for n in ("gate", "up", "down")]
     products = [getattr(p, "base_layer", p) for p in products]
-    # Of windows and caps this decoder knows nothing.
-    plain = not any(getattr(attention, n, None) for n in ("sliding_window", "attn_logit_softcapping"))
+    # Where a layer has no window of its own to say, the network's is everybody's (Mistral, Phi 3).
+    config = getattr(attention, "config", None)
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    plain = not (window or getattr(attention, "attn_logit_softcapping", None))
     return plain and all(isinstance(n, Norm) for n in norms) and all(isinstance(p, Linear) for p in products)
 
 

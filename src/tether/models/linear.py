@@ -60,6 +60,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def product_onto(beside: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``beside`` + x Wᵀ + b, in one pass over what comes out, of what ``serves`` takes."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, beside, weight, bias, "add")
+
+
 class _Linear(torch.autograd.Function):
     """y = x Wᵀ + b; dx = dy W, dW = dyᵀ x, db = Σ dy."""
 

@@ -25,6 +25,7 @@ from tether.models.decoding import prepare
 from tether.models.embedded import EMBEDDED, embedded_folder
 from tether.models.fused import use_fused
 from tether.models.linear import use_fast_linear
+from tether.models.native.layer import use_native_layers
 from tether.models.reading import KEY, LAST, Reading
 from tether.models.roles import Policy, Scorer, new_head
 
@@ -178,6 +179,8 @@ def load_backbone(
     # Before the self-test, whose passes would have them compiled in silence.
     prepare(backbone, say)
     backbone.self_test(say)
+    if backbone.mode == "packed":
+        use_native_layers(network.base_model)
     if attention_layout == "packed" and backbone.mode == "padded":
         raise UserError(f"{name}: model.attention=packed was asked for, but {backbone.notes[-1]}")
     return backbone

@@ -86,14 +86,32 @@ def _attention(
     )
 
 
+def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v over what each token of a packed row sees, and the log-sum-exp of its scores [H, N]."""
+    out = _by_token(q)
+    log_sum = q.new_empty(q.shape[1:3])
+    _kernels().tether_attention(ctypes.byref(_attention(q, k, v, out, log_sum, blocks, scale)))
+    return out, log_sum
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, blocks: Blocks, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, from that of ``out``."""
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    of_q, of_k, of_v = _by_token(q), _by_token(k).zero_(), _by_token(v).zero_()
+    given = _attention(q, k, v, out, log_sum, blocks, scale)
+    given.grad, given.of_q, given.of_k, given.of_v = map(_heads, (grad, of_q, of_k, of_v))
+    _kernels().tether_attention_backward(ctypes.byref(given))
+    return of_q, of_k, of_v
+
+
 class _Attend(torch.autograd.Function):
-    """softmax(scale · q kᵀ) v over what each token of a packed row sees."""
+    """``forward`` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:  # type: ignore[override]
-        out = _by_token(q)
-        log_sum = q.new_empty(q.shape[1:3])
-        _kernels().tether_attention(ctypes.byref(_attention(q, k, v, out, log_sum, blocks, scale)))
+        out, log_sum = forward(q, k, v, blocks, scale)
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.blocks, ctx.scale = blocks, scale
         return out
@@ -101,12 +119,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, out, log_sum = ctx.saved_tensors
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
-        of_q, of_k, of_v = _by_token(q), _by_token(k).zero_(), _by_token(v).zero_()
-        given = _attention(q, k, v, out, log_sum, ctx.blocks, ctx.scale)
-        given.grad, given.of_q, given.of_k, given.of_v = map(_heads, (grad, of_q, of_k, of_v))
-        _kernels().tether_attention_backward(ctypes.byref(given))
-        return of_q, of_k, of_v, None, None
+        return *backward(grad, q, k, v, out, log_sum, ctx.blocks, ctx.scale), None, None
 
 
 def _by_token(like: Tensor) -> Tensor:
