@@ -56,12 +56,13 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         found = agreement(mine, other_side, rounded=rival.rounded)
         void = found.void or _different_prompts(facts, other)
         tokens = token_counts(work, facts.get("prompt_tokens", ()))
+        training, drawing = operations(work, tokens, **{k: facts[k] for k in ("trunk", "head", "attention")})
         row: dict[str, Any] = {
             "rival": rival.name,
             "agreement": {**asdict(found), "said": str(found)},
             "void": void,
             "tokens": {**asdict(tokens), "useful": tokens.useful},
-            "operations": operations(work, tokens, **{k: facts[k] for k in ("trunk", "head", "attention")}),
+            "operations": {"training": training, "drawing": drawing},
             "weight_bytes": 4 * (facts["trunk"] + facts["head"]),
         }
         if void:
@@ -101,9 +102,9 @@ def _different_lengths(work: Work, drawn: list[float]) -> str:
 
 def _time(ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say, *, rest: bool) -> dict[str, Any]:
     """``pairs`` pairs; in every second one the rival goes first. The ceiling is measured between them. ``rest``: an arm
-    gives its free memory back after each step."""
+    gives its free memory back after each step. ``drawing``: of our steps, the seconds that went into drawing."""
     arms = (ours.pid, theirs.pid, ceiling.pid)
-    times, loads, ceilings = [], [], []
+    times, loads, ceilings, drawing = [], [], [], []
     peak, drawn = {"ours": 0, "theirs": 0}, []
     for number in range(pairs):
         before = machine.read_load(arms)
@@ -114,6 +115,7 @@ def _time(ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say
             taken[name] = answer["seconds"]
             peak[name] = max(peak[name], answer["peak"])
             drawn += [answer["drawn"]] if "drawn" in answer else []
+            drawing += [answer["drawing"]] if "drawing" in answer else []
         loads.append(machine.other_load(before, machine.read_load(arms)))
         times.append((taken["ours"], taken["theirs"]))
         answer = ceiling.ask("step")
@@ -126,5 +128,6 @@ def _time(ours: Process, theirs: Process, ceiling: Process, pairs: int, say: Say
         "ceilings": ceilings,
         "load": loads,
         "drawn": drawn,
+        "drawing": drawing,
         "gave_memory_back": rest,
     }

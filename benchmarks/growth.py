@@ -127,7 +127,7 @@ def _point(bench: Bench, label: str, size: int, work: Work) -> dict[str, Any]:
         "size": size or parameters,
         "seconds": seconds,
         "tokens": tokens.decoded or tokens.useful,
-        "operations": operations(work, tokens, **{k: facts[k] for k in ("trunk", "head", "attention")}),
+        "operations": sum(operations(work, tokens, **{k: facts[k] for k in ("trunk", "head", "attention")})),
     }
 
 

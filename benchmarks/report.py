@@ -24,11 +24,11 @@ TRL as it comes (bfloat16, activation checkpointing), Tether in bfloat16 beside 
 `sampling.autocast`). *Tokens/s*: Tether / rival, useful tokens: every prompt once and every completion,
 the same number for both; of sampling, drawn tokens. *Of the ceiling*: operations that the useful tokens
 need, attention to what they see included, against a float32 matrix product measured between the pairs;
-of sampling, the floor of its steps (all weights read once, or all rows computed, whichever takes
-longer) against the time they took. *Peak memory*: Tether / rival, each process's high-water mark over
-the timed steps. A row is marked † where other processes took more than {BUSY:.0%} of a core during its
-pairs, and ‡ where the two sides together nearly filled the memory, so that both gave free memory back
-between their steps."""
+of drawing (behind the slash, where a step does both), the floor of its steps (all weights read once, or
+all rows computed, whichever takes longer) against the time they took. *Peak memory*: Tether / rival,
+each process's high-water mark over the timed steps. A row is marked † where other processes took more
+than {BUSY:.0%} of a core during its pairs, and ‡ where the two sides together nearly filled the memory, so
+that both gave free memory back between their steps."""
 
 
 def page(raw: Mapping[str, Any], order: Sequence[str]) -> str:
@@ -69,7 +69,7 @@ def _row(row: Mapping[str, Any]) -> str:
         wanted,
         _default(row),
         f"{tokens / ours:.0f} / {tokens / theirs:.0f}",
-        f"{share(row, ours):.0%}",
+        shares(row, ours),
         f"{mine:.1f} / {other:.1f} GiB ({mine / other:.2f})",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -92,18 +92,19 @@ def _default(row: Mapping[str, Any]) -> str:
     return f"void: {found['void']}" if found["void"] else spread(paired_ratio(found["pairs"]))
 
 
-def share(row: Mapping[str, Any], seconds: float) -> float:
-    """Of the ceiling: of the matrix product for training; for sampling the floor of the decode steps over the time."""
+def shares(row: Mapping[str, Any], seconds: float) -> str:
+    """Of the ceiling: of the matrix product for training; for drawing the floor of its steps over the time."""
     best = row["best"]
     flops, bandwidth = (median(pair[i] for pair in best["ceilings"]) for i in (0, 1))
-    if row["kind"] != "sampling":
-        return best["operations"] / flops / seconds
-    return decode_floor(best, flops, bandwidth) / seconds
+    drawing = median(best["drawing"]) if best["drawing"] else seconds if row["kind"] == "sampling" else 0.0
+    found = [best["operations"]["training"] / flops / (seconds - drawing)] if seconds > drawing else []
+    found += [decode_floor(best, flops, bandwidth) / drawing] if drawing else []
+    return " / ".join(f"{share:.0%}" for share in found)
 
 
 def decode_floor(best: Mapping[str, Any], flops: float, bandwidth: float) -> float:
     """Seconds that the steps need at the least: to read all weights in each, or to compute all rows."""
-    return max(best["tokens"]["steps"] * best["weight_bytes"] / bandwidth, best["operations"] / flops)
+    return max(best["tokens"]["steps"] * best["weight_bytes"] / bandwidth, best["operations"]["drawing"] / flops)
 
 
 def _agreements(rows: Mapping[str, Any], order: Sequence[str]) -> Iterator[str]:

@@ -88,16 +88,18 @@ def _seen(groups: Sequence[tuple[int, Sequence[int]]]) -> int:
     return sum(p * (p + 1) // 2 + sum(c * p + c * (c + 1) // 2 for c in sizes) for p, sizes in groups)
 
 
-def operations(work: Work, tokens: Tokens, *, trunk: int, head: int, attention: int = 0) -> float:
-    """Floating-point operations that the useful tokens need: 2 a parameter and token forward, 4 more backward; the head
-    on completion tokens alone. ``attention``: operations forward for each token that a token sees, which double
-    backward as well."""
-    # Drawing is a forward pass as well; PPO trains and scores with two networks of one size.
-    passes = 3 * work.trained + work.scored + (1 if tokens.decoded else 0)
+def operations(work: Work, tokens: Tokens, *, trunk: int, head: int, attention: int = 0) -> tuple[float, float]:
+    """Floating-point operations that the useful tokens need, of training with its scoring and of drawing: 2 a parameter
+    and token forward, 4 more backward; the head on completion tokens alone. ``attention``: operations forward for each
+    token that a token sees, which double backward as well."""
+    # PPO trains and scores with two networks of one size.
+    passes = 3 * work.trained + work.scored
     # Of PPO's networks, critic and reward model have no such head: half of what is trained and scored.
-    headless = {"reward": passes, "ppo": (3 * work.trained + work.scored) // 2}.get(work.kind, 0)
-    products = 2.0 * (passes * tokens.useful * trunk + (passes - headless) * tokens.completion * head)
-    return products + float(passes * tokens.seen * attention)
+    headless = {"reward": passes, "ppo": passes // 2}.get(work.kind, 0)
+    through_trunk = 2.0 * tokens.useful * trunk + tokens.seen * attention
+    through_head = 2.0 * tokens.completion * head
+    training = passes * through_trunk + (passes - headless) * through_head
+    return training, through_trunk + through_head if tokens.decoded else 0.0
 
 
 def ids(generator: random.Random, count: int) -> list[int]:

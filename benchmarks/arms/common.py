@@ -70,7 +70,7 @@ class Conversation:
         self._started = time.perf_counter()
 
     def end_step(self, **more: Any) -> None:
-        """``drawn``: tokens of a mean completion, where the step has drawn some."""
+        """Where the step has drawn some, ``drawn``: tokens of a mean completion; ``drawing``: the seconds it took."""
         seconds = time.perf_counter() - self._started
         peak = peak_memory()
         if self._command.get("rest"):

@@ -74,6 +74,7 @@ class TimedSession(Session):
             numbers = one_step(step)
             if "rollout/length" in numbers:
                 drawn["drawn"] = numbers["rollout/length"]
+                drawn["drawing"] = self.split.seconds["sample"]
             return numbers
 
         self.conversation.begin_step()

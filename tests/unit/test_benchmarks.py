@@ -104,18 +104,18 @@ def test_operations_follow_from_useful_tokens():
     tokens = token_counts(dpo, ())
     assert (tokens.useful, tokens.completion) == (17, 7)
     # Forward 2, backward 4, the reference's forward 2 operations a weight.
-    assert operations(dpo, tokens, trunk=100, head=50) == 8 * (17 * 100 + 7 * 50)
+    assert operations(dpo, tokens, trunk=100, head=50) == (8 * (17 * 100 + 7 * 50), 0)
     # Ten tokens see one to ten; three see eleven to thirteen; four see eleven to fourteen.
     assert tokens.seen == 55 + 36 + 50
-    assert operations(dpo, tokens, trunk=0, head=0, attention=12) == 4 * 141 * 12
+    assert operations(dpo, tokens, trunk=0, head=0, attention=12) == (4 * 141 * 12, 0)
     grpo = known["grpo-64"]
     tokens = token_counts(grpo, [240, 241])
     assert (tokens.prompt, tokens.decoded, tokens.steps) == (481, 16 * 64, 64)
     assert tokens.seen == 240 * 241 // 2 + 241 * 242 // 2 + 8 * (64 * 481 + 2 * 64 * 65 // 2)
-    assert operations(grpo, tokens, trunk=1, head=0) == 8 * (481 + 1024)
+    assert operations(grpo, tokens, trunk=1, head=0) == (6 * (481 + 1024), 2 * (481 + 1024))
     sampling = known["sampling-64x32"]
     assert token_counts(sampling, [60] * 8).decoded == 64 * 32
-    assert operations(sampling, token_counts(sampling, [0] * 8), trunk=1, head=1) == 4 * 64 * 32
+    assert operations(sampling, token_counts(sampling, [0] * 8), trunk=1, head=1) == (0, 4 * 64 * 32)
 
 
 def test_rows_are_the_same_every_time_and_as_long_as_promised():
@@ -229,7 +229,7 @@ def test_arms_alternate_once_they_are_warm(tmp_path: Path, kind: str):
     assert row["peak"] == {"ours": 10**9, "theirs": 10**9}
     # Every arm has the same environment.
     assert {line.split()[-1] for line in (tmp_path / "diary").read_text().splitlines()} == {"3"}
-    assert kind != "sft" or row["operations"] == 6 * (5 * 100 + 4 * 50)
+    assert kind != "sft" or row["operations"] == {"training": 6 * (5 * 100 + 4 * 50), "drawing": 0}
 
 
 def test_arms_that_fill_the_memory_give_it_back_between_steps(tmp_path: Path):
@@ -337,14 +337,18 @@ def test_growth_fits_the_count_of_operations_beside_the_clock(quiet_bench: Path)
 def test_shares_of_the_ceiling_and_marks():
     best = {
         "rival": "TRL fp32", "void": "", "pairs": [(2.0, 4.0)], "load": [0.0], "gave_memory_back": True,
-        "ceilings": [(100.0, 10.0)], "operations": 150.0, "weight_bytes": 4, "peak": {"ours": 2**30, "theirs": 2**31},
-        "tokens": {"useful": 10, "decoded": 6, "steps": 3},
+        "ceilings": [(100.0, 10.0)], "operations": {"training": 150.0, "drawing": 0.0}, "weight_bytes": 4,
+        "peak": {"ours": 2**30, "theirs": 2**31}, "tokens": {"useful": 10, "decoded": 6, "steps": 3}, "drawing": [],
     }  # fmt: skip
     row = {"title": "training", "kind": "sft", "model": "smollm2-135m", "target": None, "best": best}
-    assert report.share(row, 2.0) == 0.75
+    assert report.shares(row, 2.0) == "75%"
     # Three steps that read four bytes at ten a second: 1.2 s; all rows computed would be 1.5 s.
-    assert report.decode_floor(best, 100.0, 10.0) == 1.5 and report.decode_floor(best, 1000.0, 10.0) == 1.2
-    assert report.share({**row, "kind": "sampling"}, 2.0) == 0.75
+    drawing = {**best, "operations": {"training": 0.0, "drawing": 150.0}}
+    assert report.decode_floor(drawing, 100.0, 10.0) == 1.5 and report.decode_floor(drawing, 1000.0, 10.0) == 1.2
+    assert report.shares({**row, "kind": "sampling", "best": drawing}, 2.0) == "75%"
+    # A step that does both: four seconds of six trained 150 operations, in two they were drawn at a floor of 1.5.
+    both = {**best, "operations": {"training": 150.0, "drawing": 150.0}, "drawing": [1.0, 2.0, 3.0]}
+    assert report.shares({**row, "kind": "grpo", "best": both}, 6.0) == "38% / 75%"
     line = report.table({"x": row}, ["x"])[-1]
     assert "training ‡" in line and "5 / 2" in line and "1.0 / 2.0 GiB (0.50)" in line
     assert "training †" in report.table({"x": {**row, "best": {**best, "load": [0.2]}}}, ["x"])[-1]

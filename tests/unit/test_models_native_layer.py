@@ -161,6 +161,15 @@ def test_an_adapter_that_acts_is_trained_through_the_network_s_own_layers():
     assert layer.self_attn.q_proj.lora_B["policy"].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "mlp.gate_proj.weight", "input_layernorm.weight"])
+def test_a_broken_weight_shows(name: str):
+    ours, _ = own_layer("llama_heads_16")
+    blocks = BLOCKS["a group"]
+    with torch.no_grad():
+        ours.get_parameter(name)[5:6] = float("nan")
+    assert run(ours, row(blocks, *sizes(ours)), blocks)[1].isnan().any()
+
+
 def test_under_autocast_the_network_s_own_layers_run():
     ours, _ = own_layer("llama_heads_16")
     blocks = BLOCKS["a group"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -25,6 +26,27 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
+
+
+# What mallopt(3) calls two of its parameters.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for what comes next, and whether it does so now.
+
+    A training step takes and frees gigabytes. By itself glibc hands large pieces back to the system, which clears them
+    at the next step: an eighth of it. Where somebody has set the allocator by the environment, that stays.
+    """
+    own = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    if own or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Older versions refuse more than 32 MiB.
+    large = mallopt(_MMAP_THRESHOLD, 2**31 - 1) or mallopt(_MMAP_THRESHOLD, 2**25)
+    return bool(large and mallopt(_TRIM_THRESHOLD, -1))
 
 
 def cxx() -> str | None:

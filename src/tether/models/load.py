@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tether.core.errors import MissingModel, UserError, nearest
+from tether.core.machine import keep_freed_memory
 from tether.models.adapters import merged_state
 from tether.models.backbone import Backbone
 from tether.models.decoding import prepare
@@ -171,6 +172,8 @@ def load_backbone(
         )
     network.to(pick_device(device)).eval()
     network.requires_grad_(False)
+    if network.device.type == "cpu":
+        keep_freed_memory()
     use_fast_linear(network)
     use_fused(network)
     backbone = Backbone(

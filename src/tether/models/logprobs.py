@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tether.models.linear import product
+from tether.models.native import head
 
 # Bytes of logits that exist at once: few enough to stay in the processor's cache, and in memory that the allocator uses
 # again instead of giving it back.
@@ -44,7 +45,8 @@ def _slices(total: int, step: int) -> Iterator[slice]:
 
 
 def _parts(rows: slice, vocabulary: int) -> Iterator[slice]:
-    return _slices(vocabulary, max(BLOCK_COLUMNS, BLOCK_BYTES // (4 * (rows.stop - rows.start))))
+    columns = max(BLOCK_COLUMNS, BLOCK_BYTES // (4 * (rows.stop - rows.start)))
+    return _slices(vocabulary, columns - columns % BLOCK_COLUMNS)
 
 
 def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
@@ -118,7 +120,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 )
                 found, at = _inside(targets[rows], part)
                 chosen[rows][found] = logits[found, at]
-                sums.append(logits.logsumexp(dim=-1))
+                sums.append(head.log_sums(logits) if head.serves(logits) else logits.logsumexp(dim=-1))
                 if kept is not None:
                     kept.append(logits)
                 if top_k:
@@ -146,6 +148,9 @@ class _TokenLogProbs(torch.autograd.Function):
         ]
         of_hidden, of_weight, of_bias, of_low, of_up = grads
         kept = iter(ctx.kept or ())
+        # What the kernels know nothing of.
+        plain = not ctx.want_entropy and ctx.softcap is None and bias is None and low is None
+        plain = plain and hidden.dtype == torch.float32
         for rows in _slices(len(hidden), BLOCK_ROWS):
             h, a, toward = hidden[rows], _cut(low, rows), grad_logprobs[rows, None] * ctx.scale
             for part in _parts(rows, len(weight)):
@@ -153,6 +158,16 @@ class _TokenLogProbs(torch.autograd.Function):
                 logits = next(kept, None)
                 if logits is None:
                     logits = _logits(h, w, _cut(bias, part), a, u, ctx.scale, ctx.softcap)
+                found, at = _inside(targets[rows], part)
+                if plain and head.serves(logits):
+                    grad, turned = head.pulled(logits, log_z[rows], toward[:, 0].contiguous(), over=not ctx.kept)
+                    grad[found, at] += toward[found, 0]
+                    turned[at, found] += toward[found, 0]
+                    if of_hidden is not None:
+                        of_hidden[rows] += product(grad, w.t())
+                    if of_weight is not None:
+                        of_weight[part] += product(turned, h.t())
+                    continue
                 slope = None if ctx.softcap is None else 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
                 # What was kept is not overwritten: the graph may be run backward a second time.
                 log_p = logits - log_z[rows, None] if ctx.kept else logits.sub_(log_z[rows, None])
@@ -162,7 +177,6 @@ class _TokenLogProbs(torch.autograd.Function):
                     grad = log_p.exp_().mul_(pull).neg_()
                 else:
                     grad = log_p.exp_().mul_(-toward)
-                found, at = _inside(targets[rows], part)
                 grad[found, at] += toward[found, 0]
                 if slope is not None:
                     grad *= slope

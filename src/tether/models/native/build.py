@@ -96,6 +96,6 @@ def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
         say(f"the kernels can't be had: attention and decoding go through PyTorch (slower)\n  {problem}")
         return None
     kernels.tether_decode_scratch.restype = ctypes.c_int64
-    for name in ("tether_decode", "tether_product", "tether_attention", "tether_attention_backward"):
-        getattr(kernels, name).restype = None
+    for name in ("decode", "product", "attention", "attention_backward", "log_sums", "pulled"):
+        getattr(kernels, f"tether_{name}").restype = None
     return kernels

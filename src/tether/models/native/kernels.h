@@ -1,4 +1,4 @@
-// What the two kinds of passes are made of: 16 numbers at a time, and one tile of a matrix product.
+// What all kernels are made of: 16 numbers at a time, one tile of a matrix product, and rows spread over threads.
 //
 // Activations lie as [features][lanes]: the 16 numbers of a vector are one feature of 16 rows, so a weight is read once,
 // as it lies in the learner's own tensor, and multiplied with all rows. Each output is one sum in the order of its
@@ -6,6 +6,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <cstdint>
 #include <cstring>
@@ -35,10 +36,11 @@ inline float largest(vec x) { return _mm512_reduce_max_ps(reinterpret_cast<__m51
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
 inline vec root(vec x) { return reinterpret_cast<vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
 
-// exp x to 2 units in the last place: 2^n times the Taylor polynomial of degree 7 of what is left, |x| <= ln 2 / 2.
+// exp x to 2 units in the last place: 2^n times the Taylor polynomial of degree 7 of what is left, |x| <= ln 2 / 2. A NaN
+// stays one: both comparisons are written so.
 inline vec exponential(vec x) {
-    x = larger(x, all(-87.3f));
-    x = x < all(88.3f) ? x : all(88.3f);
+    x = x < all(-87.3f) ? all(-87.3f) : x;
+    x = x > all(88.3f) ? all(88.3f) : x;
     const __m512 n = _mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
     const vec whole = reinterpret_cast<vec>(n);
     const vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -126,6 +128,24 @@ inline void transpose(const float *from, long by_row, float *to, long to_row) {
         _mm512_storeu_ps(to + i * to_row, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
         _mm512_storeu_ps(to + (i + 8) * to_row, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
     }
+}
+
+// Rows of a piece of work; those that share one partial sum of a norm's weight gradient.
+constexpr long ROWS = 64;
+
+// run(first, last) for the pieces of `rows`, over the threads.
+template <class Run>
+inline void each_piece(long rows, long threads, Run &&run) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+    for (long first = 0; first < rows; first += ROWS) run(first, first + ROWS < rows ? first + ROWS : rows);
+}
+
+// 16 columns of up to 16 rows `rows` [16][16] -> to[column][row], columns `by_column` apart.
+inline void store_turned(const vec *rows, long count, float *to, long by_column) {
+    if (count == LANES) return transpose(reinterpret_cast<const float *>(rows), LANES, to, by_column);
+    float turned[LANES * LANES];
+    transpose(reinterpret_cast<const float *>(rows), LANES, turned, LANES);
+    for (long c = 0; c < LANES; c++) std::memcpy(to + c * by_column, turned + c * LANES, sizeof(float) * count);
 }
 
 }  // namespace tether

@@ -1,35 +1,11 @@
 // What lies between the matrix products of a layer, and its gradient: see layer.py. Tensors are [rows][features], rows
 // and features next to each other, features a multiple of 16. Each number is one sum in an order that neither the
 // number of threads nor the rows beside it change.
-#include <omp.h>
-
 #include <cmath>
-#include <vector>
 
 #include "kernels.h"
 
 using namespace tether;
-
-namespace {
-
-// Rows of a piece of work; those that share one partial sum of a norm's weight gradient.
-constexpr long ROWS = 64;
-
-// run(first, last) for the pieces of `rows`, over the threads.
-template <class Run>
-void each_piece(long rows, long threads, Run &&run) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static)
-    for (long first = 0; first < rows; first += ROWS) run(first, first + ROWS < rows ? first + ROWS : rows);
-}
-
-// 16 columns of up to 16 rows `rows` [16][16] -> to[column][row], columns `by_column` apart.
-void store_turned(const vec *rows, long count, float *to, long by_column) {
-    if (count == LANES) return transpose(reinterpret_cast<const float *>(rows), LANES, to, by_column);
-    float turned[LANES * LANES];
-    transpose(reinterpret_cast<const float *>(rows), LANES, turned, LANES);
-    for (long c = 0; c < LANES; c++) std::memcpy(to + c * by_column, turned + c * LANES, sizeof(float) * count);
-}
-}  // namespace
 
 extern "C" {
 
