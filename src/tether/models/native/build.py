@@ -86,14 +86,14 @@ def library(say: Callable[[str], None] = lambda line: None) -> ctypes.CDLL | Non
 
 def _load(say: Callable[[str], None]) -> ctypes.CDLL | None:
     if cxx() is None:
-        say("no C++ compiler was found: attention and decoding go through PyTorch (slower, same numbers to rounding)")
+        say("no C++ compiler was found: training and decoding go through PyTorch (slower, same numbers to rounding)")
         return None
     try:
         path = _compiled(say)
         _check_own(path)
         kernels = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as problem:
-        say(f"the kernels can't be had: attention and decoding go through PyTorch (slower)\n  {problem}")
+        say(f"the kernels can't be had: training and decoding go through PyTorch (slower)\n  {problem}")
         return None
     kernels.tether_decode_scratch.restype = ctypes.c_int64
     for name in ("decode", "product", "attention", "attention_backward", "log_sums", "pulled"):
