@@ -176,13 +176,13 @@ def _kernels() -> Finding:
     from tether.models.native import build
 
     if not SERVES:
-        return Finding(name="kernels", found="none for this processor: attention and decoding go through PyTorch")
+        return Finding(name="kernels", found="none for this processor: training and decoding go through PyTorch")
     said: list[str] = []
     if build.library(said.append) is not None:
         return Finding(name="kernels", found=f"compiled ({cxx_version()})")
     if not said:
         return Finding(
-            name="kernels", found=f"switched off by {build.SWITCH}=0: attention and decoding go through PyTorch"
+            name="kernels", found=f"switched off by {build.SWITCH}=0: training and decoding go through PyTorch"
         )
     return Finding(name="kernels", found=said[-1].splitlines()[0], remedy="install g++ or clang++, or set CXX")
 
