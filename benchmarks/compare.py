@@ -75,10 +75,6 @@ def compare(bench: Bench, work: Work, rival: Rival, pairs: int) -> dict[str, Any
         ceiling.ask("agree")
         # What a step needs, about; the two arms hold it at once.
         crowded = mine["peak"] + other_side["peak"] > CROWDED * bench.memory
-        # A first step makes what later ones find. The agreement has done most of it; where steps are long, all.
-        if work.kind not in ("grpo", "ppo"):
-            for process in (ours, theirs):
-                process.ask("step", rest=crowded)
         timed = _time(ours, theirs, ceiling, pairs, bench.say, rest=crowded)
         return {**row, **timed, "void": _different_lengths(work, timed["drawn"])}
 

@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tether.config.schema import METHODS
+from tether.core.batches import PolicyBatch
 from tether.methods import preference, reward, rl, sft
+from tether.training import online
 
 RUNS: dict[str, Callable[..., Path]] = {
     "sft": sft.run,
@@ -120,6 +122,20 @@ def reward_file(folder: Path, body: str, name: str = "judge_file.py") -> str:
 
 class Killed(BaseException):
     """A process that dies: nothing catches it but the test."""
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[PolicyBatch]:
+    """The batches that the updates of a run were made of."""
+    seen: list[PolicyBatch] = []
+    real = online._Loop._policy_batch
+
+    def spy(self, found, step):
+        batch, metrics = real(self, found, step)
+        seen.append(batch)
+        return batch, metrics
+
+    monkeypatch.setattr(online._Loop, "_policy_batch", spy)
+    return seen
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:

@@ -284,7 +284,7 @@ class Online(Training):
         """Scores, KL, values, advantages and returns as the loop makes them; only the drawing is left out."""
         with tempfile.TemporaryDirectory() as folder:
             loop = online._Loop(self.session(None, folder), self.job)
-            return loop._policy_batch(Scored(rollouts=rollouts, scores=self.reward(rollouts)))[0]
+            return loop._policy_batch(Scored(rollouts=rollouts, scores=self.reward(rollouts)), step=1)[0]
 
     def steps(self, conversation: Conversation) -> None:
         with tempfile.TemporaryDirectory() as folder:

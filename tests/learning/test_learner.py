@@ -122,6 +122,14 @@ def test_the_gradient_is_that_of_the_mean():
     assert metrics["loss"].value() == pytest.approx(float(mean.detach()), rel=1e-5)
 
 
+def test_a_policys_entropy_is_measured_in_every_update():
+    batch = policy_batch()
+    found = learner(Policy(backbone=backbone("llama"))).forward_backward(batch, PPOClip())
+    exact = evaluate(Policy(backbone=backbone("llama")), batch, 10_000, entropy=True).entropy
+    assert exact is not None
+    assert found["policy/entropy"].value() == pytest.approx(float(exact[batch.loss_mask].mean()), rel=1e-5)
+
+
 def test_two_calls_add_up():
     ours = learner(Policy(backbone=backbone("llama")))
     ours.forward_backward(RAGGED, CrossEntropy(), weight=0.25)

@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from method_cases import config, demonstrations, go, lines, preferences, questions, reward_file, series, write_rows
+from method_cases import (
+    config,
+    demonstrations,
+    go,
+    lines,
+    preferences,
+    questions,
+    reward_file,
+    series,
+    spied,
+    write_rows,
+)
 from tether.algorithms import ALGORITHMS
-from tether.core.batches import PolicyBatch
 from tether.core.errors import UserError
 from tether.core.text import Message, Prompt
 from tether.data.chat import ChatTokenizer
@@ -18,7 +28,6 @@ from tether.data.groups import tokenise
 from tether.data.readers import read
 from tether.methods.rl_parts import PromptOrder, choose_algorithm
 from tether.models.load import load_tokenizer
-from tether.training import online
 
 SHARE = "return [(c.count('t') + c.count('a')) / 8 for c in completions]"
 # steps, prompts a step, completions a prompt: three seeds of each rise by more than the test asks for.
@@ -64,20 +73,6 @@ def test_every_row_of_the_table_learns(algorithm, tiny_model_folder, tmp_path):
     last = [row for row in samples if row["step"] == steps]
     assert sum(row["reward"] for row in last) / len(last) == pytest.approx(rewards[-1], abs=1e-6)
     assert all(row["reward"] == (row["completion"].count("t") + row["completion"].count("a")) / 8 for row in last)
-
-
-def spied(monkeypatch) -> list[PolicyBatch]:
-    """The batches that the updates of a run were made of."""
-    seen: list[PolicyBatch] = []
-    real = online._Loop._policy_batch
-
-    def spy(self, found):
-        batch, metrics = real(self, found)
-        seen.append(batch)
-        return batch, metrics
-
-    monkeypatch.setattr(online._Loop, "_policy_batch", spy)
-    return seen
 
 
 def test_score_and_kl_land_where_they_belong(tiny_model_folder, tmp_path, monkeypatch):

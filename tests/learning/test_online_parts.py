@@ -9,11 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from method_cases import Killed, config, demonstrations, go, kill_at, lines, questions, reward_file, series, write_rows
+from method_cases import (
+    Killed,
+    config,
+    demonstrations,
+    go,
+    kill_at,
+    lines,
+    questions,
+    reward_file,
+    series,
+    spied,
+    write_rows,
+)
 from tether.advantages import MovingAverage
 from tether.config.schema import MovingReferenceConfig
 from tether.config.sections import LoraConfig, ModelConfig
-from tether.core.batches import Batch, PolicyBatch
+from tether.core.batches import Batch
 from tether.core.errors import UserError
 from tether.core.text import Message, Prompt
 from tether.data.chat import ChatTokenizer
@@ -24,7 +36,6 @@ from tether.methods.reference import MovingReference, open_reference
 from tether.methods.rl_parts import Endless
 from tether.models.load import load_tokenizer
 from tether.models.roles import Policy
-from tether.training import online
 
 SHARE = "return [(c.count('t') + c.count('a')) / 8 for c in completions]"
 
@@ -35,20 +46,6 @@ def made(model: Path, folder: Path, name: str = "r", /, **settings):
         **{"reward": reward_file(folder, SHARE), "prompts_per_step": 4, "sampling": {"max_new_tokens": 6},
            "optim": {"learning_rate": 1e-2}, "steps": 4, **settings},
     )  # fmt: skip
-
-
-def spied(monkeypatch: pytest.MonkeyPatch) -> list[PolicyBatch]:
-    """The batches that the updates of a run were made of."""
-    seen: list[PolicyBatch] = []
-    real = online._Loop._policy_batch
-
-    def spy(self, found):
-        batch, metrics = real(self, found)
-        seen.append(batch)
-        return batch, metrics
-
-    monkeypatch.setattr(online._Loop, "_policy_batch", spy)
-    return seen
 
 
 def test_the_running_mean_is_of_earlier_steps_and_of_what_was_optimised(tiny_model_folder, tmp_path, monkeypatch):

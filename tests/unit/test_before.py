@@ -9,7 +9,7 @@ from torch import Tensor
 from tether.core.batches import Batch, Group, Outputs
 from tether.training.before import CHECKED, before_update
 
-PROMPTS, SIZE = 2 * CHECKED, 3
+PROMPTS, SIZE = CHECKED, 4
 
 
 class Learner:
@@ -18,10 +18,10 @@ class Learner:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def outputs(self, batch: Batch, *, entropy: bool = False) -> Outputs:
+    def outputs(self, batch: Batch) -> Outputs:
         self.asked.append(batch.size)
         logprobs = torch.where(batch.present, -batch.tokens / 10, 0.0)
-        return Outputs(logprobs=logprobs, entropy=2 * logprobs.abs(), values=logprobs + 1)
+        return Outputs(logprobs=logprobs, values=logprobs + 1)
 
 
 def step() -> tuple[Batch, Tensor]:
@@ -35,14 +35,16 @@ def step() -> tuple[Batch, Tensor]:
     return batch, torch.where(batch.present, -batch.tokens / 10, 0.0)
 
 
-def test_where_they_agree_the_learner_scores_a_part_only():
+@pytest.mark.parametrize("turn", [0, 1, 3, 15, 16, 35])
+def test_where_they_agree_the_learner_scores_a_part_only(turn: int):
     learner, (batch, sampled) = Learner(), step()
     sampled = sampled + 3e-5 * batch.present
-    before = before_update(cast(Any, learner), batch, sampled, "sampler")
+    before = before_update(cast(Any, learner), batch, sampled, "sampler", turn=turn)
     assert before.source == "sampler"
-    assert learner.asked == [PROMPTS // CHECKED * SIZE]
+    assert learner.asked == [4]
     torch.testing.assert_close(before.logprobs, sampled, atol=0, rtol=0)
-    assert before.known.any(1).tolist() == [True] * learner.asked[0] + [False] * (batch.size - learner.asked[0])
+    first = 4 * (turn % 16)
+    assert before.known.any(1).nonzero().squeeze(1).tolist() == [first, first + 1, first + 2, first + 3]
     assert (before.known <= batch.loss_mask).all()
     torch.testing.assert_close(
         before.gap[before.known], torch.full_like(before.gap[before.known], 3e-5), atol=1e-6, rtol=0
@@ -50,29 +52,37 @@ def test_where_they_agree_the_learner_scores_a_part_only():
     assert before.values is None
 
 
+def test_every_rollout_has_its_turn():
+    learner, (batch, sampled) = Learner(), step()
+    few, seen = batch.select(torch.arange(35)), torch.zeros(35, dtype=torch.bool)
+    for turn in range(18):
+        part = sampled[:35, : few.tokens.shape[1]]
+        seen |= before_update(cast(Any, learner), few, part, "sampler", turn=turn).known.any(1)
+    assert seen.all() and set(learner.asked) == {2}
+
+
 @pytest.mark.parametrize("off", [2e-3, float("nan")])
 def test_where_they_differ_the_learner_scores_everything(off: float):
     learner, (batch, sampled) = Learner(), step()
-    before = before_update(cast(Any, learner), batch, sampled + off * batch.present, "sampler")
+    before = before_update(cast(Any, learner), batch, sampled + off * batch.present, "sampler", turn=2)
     assert before.source == "learner"
     assert learner.asked[-1] == batch.size
     torch.testing.assert_close(before.logprobs, sampled, atol=0, rtol=0)
     assert torch.equal(before.known, batch.loss_mask)
 
 
-def test_the_learners_own_come_with_values_and_entropy():
+def test_the_learners_own_come_with_values():
     learner, (batch, sampled) = Learner(), step()
-    before = before_update(cast(Any, learner), batch, sampled + 1, "learner")
+    before = before_update(cast(Any, learner), batch, sampled + 1, "learner", turn=2)
     assert learner.asked == [batch.size]
     torch.testing.assert_close(before.logprobs, sampled)
-    torch.testing.assert_close(before.entropy, 2 * sampled.abs())
     assert before.values is not None and before.values.shape == sampled.shape
     torch.testing.assert_close(before.gap[batch.loss_mask], torch.ones(int(batch.loss_mask.sum())), atol=1e-5, rtol=0)
 
 
-def test_a_single_prompt_is_checked_whole():
+def test_of_a_few_rollouts_one_is_checked():
     learner, (batch, sampled) = Learner(), step()
-    one = batch.select(torch.arange(SIZE))
-    before = before_update(cast(Any, learner), one, sampled[:SIZE, : one.tokens.shape[1]], "sampler")
-    assert before.source == "sampler" and learner.asked == [SIZE]
-    assert torch.equal(before.known, one.loss_mask)
+    few = batch.select(torch.arange(3))
+    before = before_update(cast(Any, learner), few, sampled[:3, : few.tokens.shape[1]], "sampler", turn=4)
+    assert before.source == "sampler" and learner.asked == [1]
+    assert torch.equal(before.known, few.loss_mask & torch.tensor([[False], [True], [False]]))

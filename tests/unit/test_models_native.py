@@ -1,5 +1,6 @@
 """The compiled passes: their numbers are the model's own whatever its sizes, and a row's do not depend on the rest."""
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from tether.models.linear import SERVES, use_fast_linear
 from tether.models.load import load_backbone
 from tether.models.native import build
 from tether.models.native.decoder import NativeDecoder
+from tether.models.native.decoder import _Linear as Linear
 from tether.models.packed import PrefillLayout
 
 needs_kernels = pytest.mark.skipif(
@@ -123,6 +125,17 @@ def test_states_are_the_models_in_double(sizes: dict[str, Any], count: int):
 
 
 @needs_kernels
+@pytest.mark.parametrize("sizes", ["a head of keys each", "deep heads", "many queries to a key"])
+def test_rows_that_have_drawn_much(sizes: str):
+    """Own tokens beyond two vectors."""
+    ours = of_sizes(SIZES[sizes])
+    prompts = [ids_of(n, seed=n) for n in (3, 20)]
+    rows = [(i % 2, ids_of(37, seed=100 + i)) for i in range(5)]
+    found = by_kernels(ours, prompts, rows)
+    torch.testing.assert_close(found.double(), in_double(ours, prompts, rows), atol=1e-4, rtol=1e-4)
+
+
+@needs_kernels
 @pytest.mark.parametrize("family", SERVED)
 def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(family: str):
     """To the last bit."""
@@ -146,6 +159,21 @@ def test_threads_change_no_bit(threads: int):
         assert torch.equal(by_kernels(ours, prompts, rows), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 16, 17, 50, 117])
+def test_a_product_writes_its_rows_and_nothing_behind_them(rows: int):
+    outputs, inputs, beyond = 101, 24, 80
+    x, weight = (torch.randn(n, inputs, generator=torch.Generator().manual_seed(n)) for n in (rows, outputs))
+    y = torch.full((rows + beyond, outputs), 7.0)
+    scratch = torch.empty(3 * inputs * (rows + 16))
+    linear = Linear(weight.data_ptr(), None, outputs)
+    x_at, y_at, scratch_at = (ctypes.c_void_p(t.data_ptr()) for t in (x, y, scratch))
+    width, count, threads, rounded = map(ctypes.c_int64, (inputs, rows, 2, 0))
+    build.library().tether_product(ctypes.byref(linear), width, x_at, count, y_at, scratch_at, threads, rounded)
+    torch.testing.assert_close(y[:rows], x @ weight.T, atol=1e-4, rtol=1e-5)
+    assert (y[rows:] == 7).all()
 
 
 def drawn(ours: Backbone, adapter: str | None, autocast: str = "off") -> list[Any]:

@@ -1,4 +1,5 @@
-"""The head by compiled kernels: log-probs and gradients are those of log-softmax in float64, and a NaN is not lost."""
+"""The head by compiled kernels: log-probs, entropies and gradients are those of log-softmax in float64, and a NaN is
+not lost."""
 
 import pytest
 import torch
@@ -50,8 +51,58 @@ def test_values_and_gradients(rows: int, keep: int, temperature: float, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)), "what was kept was overwritten"
 
 
+@pytest.mark.parametrize("keep", [0, 10**9], ids=["made again", "kept"])
+@pytest.mark.parametrize("rows", [1, 31, 150])
+@pytest.mark.parametrize("of_logprobs", [True, False])
+def test_entropy_and_its_gradient(rows: int, keep: int, of_logprobs: bool, monkeypatch: pytest.MonkeyPatch):
+    asked = small_blocks(monkeypatch, keep)
+    hidden, weight, targets = leaves(rows)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    pull, other = torch.randn(2, rows, generator=torch.Generator().manual_seed(1))
+    found = token_logprobs(hidden, weight, targets, temperature=0.7, entropy=True)
+    logits = exact[0] @ exact[1].T / 0.7
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, atol=1e-5, rtol=1e-5)
+    total, right = (found.entropy * pull).sum(), (entropy * pull.double()).sum()
+    if of_logprobs:
+        total = total + (found.logprobs * other).sum()
+        right = right + (log_p.gather(1, targets[:, None])[:, 0] * other.double()).sum()
+    gradients = torch.autograd.grad(total, (hidden, weight))
+    assert asked == [True, True, False] * 2
+    for got, want in zip(gradients, torch.autograd.grad(right, exact), strict=True):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_an_entropy_that_is_only_looked_at_changes_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    small_blocks(monkeypatch, 0)
+    hidden, weight, targets = leaves(40)
+    looked, plain = (
+        torch.autograd.grad(token_logprobs(hidden, weight, targets, entropy=e).logprobs.sum(), (hidden, weight))
+        for e in (True, False)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(looked, plain, strict=True))
+
+
+def test_a_token_that_is_ruled_out_has_no_part(monkeypatch: pytest.MonkeyPatch):
+    asked = small_blocks(monkeypatch, 0)
+    hidden, weight, targets = leaves(20)
+    allowed = torch.arange(VOCABULARY) % 3 != 0
+    bias = torch.where(allowed, 0.0, -torch.inf)
+    targets = targets - targets % 3 + 1
+    found = token_logprobs(hidden, weight, targets, bias=bias)
+    logits = (hidden.double() @ weight.double().T)[:, allowed]
+    log_p = logits.log_softmax(-1)
+    at = targets - targets // 3 - 1  # among those that are left
+    torch.testing.assert_close(found.logprobs.double(), log_p.gather(1, at[:, None])[:, 0], atol=2e-5, rtol=1e-6)
+    gradient = torch.autograd.grad(found.logprobs.sum(), hidden)[0]
+    right = log_p.gather(1, at[:, None]).sum()
+    assert (gradient - torch.autograd.grad(right, hidden)[0]).abs().max() < 1e-5
+    assert any(asked)
+
+
 @pytest.mark.parametrize("more", ["bias", "softcap", "low rank"])
-def test_what_the_kernels_know_nothing_of_goes_the_other_way(more: str):
+def test_what_the_head_has_beside_its_weight(more: str):
     hidden, weight, targets = leaves(20)
     generator = torch.Generator().manual_seed(2)
     bias, low, up = (torch.randn(s, generator=generator) for s in ((VOCABULARY,), (20, 2), (VOCABULARY, 2)))

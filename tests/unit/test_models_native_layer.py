@@ -13,7 +13,7 @@ from tether.models.checkpointing import checkpoint_activations
 from tether.models.fused import use_fused
 from tether.models.linear import SERVES, use_fast_linear
 from tether.models.native import layer as native
-from tether.models.packed import PackedLayout
+from tether.models.packed import PackedLayout, PrefillLayout
 
 pytestmark = pytest.mark.skipif(not SERVES or cxx() is None, reason="no AVX-512, or no C++ compiler")
 # One with and one without biases on the products.
@@ -63,11 +63,16 @@ def row(blocks, width: int, depth: int) -> dict[str, Tensor]:
 
 
 def run(layer: nn.Module, given: dict[str, Tensor], blocks, kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return run_as(layer, given, PackedLayout(blocks=blocks), kind)
+
+
+def run_as(
+    layer: nn.Module, given: dict[str, Tensor], layout: PackedLayout | PrefillLayout, kind: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     x = given["x"].to(kind, copy=True).requires_grad_(True)
     angles = given["angles"].to(kind)
     places = (angles.cos(), angles.sin())
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-    layout = PackedLayout(blocks=blocks)
     return x, layer(x, attention_mask=mask, position_embeddings=places, tether_layout=layout)
 
 
@@ -103,6 +108,24 @@ def test_a_pass_without_gradient_gives_the_same_bits():
     with torch.no_grad():
         _, plain = run(ours, given, blocks)
     assert torch.equal(plain, run(ours, given, blocks)[1])
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_prompts_leave_their_keys_and_values(family: str, monkeypatch: pytest.MonkeyPatch):
+    ours, truth = own_layer(family)
+    blocks = ((7, ()), (1, ()), (33, ()))
+    given = row(blocks, *sizes(ours))
+    found, expected = PrefillLayout(lengths=(7, 1, 33)), PrefillLayout(lengths=(7, 1, 33))
+    taken: list[Tensor] = []
+    native_run = native._run
+    monkeypatch.setattr(native, "_run", lambda x, *rest: taken.append(x) or native_run(x, *rest))
+    with torch.no_grad():
+        y, z = run_as(ours, given, found)[1], run_as(truth, given, expected, torch.float64)[1]
+    assert len(taken) == len(found.keys) == len(found.values) == 1
+    for mine, right in ((y, z), (found.keys[0], expected.keys[0]), (found.values[0], expected.values[0])):
+        assert mine.shape == right.shape and (mine - right).abs().max() < 2e-5 * right.abs().max()
+    # With a gradient to follow, what leaves a layer has to be in its graph.
+    assert run_as(ours, given, PrefillLayout(lengths=(7, 1, 33)))[1].requires_grad and len(taken) == 1
 
 
 def test_what_is_frozen_has_no_gradient_and_passes_it_on():

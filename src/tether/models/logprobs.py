@@ -86,6 +86,26 @@ def _with_part(best: tuple[Tensor, Tensor], logits: Tensor, part: slice, top_k: 
     return values, tokens.gather(1, at)
 
 
+def _sums(logits: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """log Z of each row, and where asked the entropy of its softmax: [n, v] -> [n], [n]."""
+    if head.serves(logits):
+        return head.log_sums(logits, entropy=entropy)
+    log_z = logits.logsumexp(dim=-1)
+    if not entropy:
+        return log_z, None
+    log_p = logits - log_z[:, None]
+    return log_z, log_p.exp().mul_(log_p).sum(dim=-1).neg_()
+
+
+def _pulled(logits: Tensor, log_z: Tensor, constant: Tensor, slope: Tensor | None, *, over: bool) -> Tensor:
+    """p · (constant + slope · log p), [n, v]; ``over``: in the place of the logits."""
+    log_p = logits.sub_(log_z[:, None]) if over else logits - log_z[:, None]
+    if slope is None:
+        return log_p.exp_().mul_(constant[:, None])
+    pull = (log_p * slope[:, None]).add_(constant[:, None])
+    return log_p.exp_().mul_(pull)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """log p(y), entropy H and the most likely tokens of softmax(scale · cap(h Wᵀ + b + l Uᵀ)); the backward makes the
     logits again, or reads them where they were few enough to be kept."""
@@ -112,7 +132,7 @@ class _TokenLogProbs(torch.autograd.Function):
         size = len(hidden) * len(weight) * kind.itemsize
         kept: list[Tensor] | None = [] if any(ctx.needs_input_grad) and size <= KEEP_BYTES else None
         for rows in _slices(len(hidden), BLOCK_ROWS):
-            sums, means = [], []
+            sums, entropies = [], []
             best = top_logprobs[rows, :0], top_tokens[rows, :0]
             for part in _parts(rows, len(weight)):
                 logits = _logits(
@@ -120,26 +140,30 @@ class _TokenLogProbs(torch.autograd.Function):
                 )
                 found, at = _inside(targets[rows], part)
                 chosen[rows][found] = logits[found, at]
-                sums.append(head.log_sums(logits) if head.serves(logits) else logits.logsumexp(dim=-1))
+                log_sum, spread = _sums(logits, entropy=want_entropy)
+                sums.append(log_sum)
+                entropies += [] if spread is None else [spread]
                 if kept is not None:
                     kept.append(logits)
                 if top_k:
                     best = _with_part(best, logits, part, top_k)
-                if want_entropy:
-                    means.append((logits - sums[-1][:, None]).exp_().mul_(logits).sum(dim=-1))
             by_part = torch.stack(sums)
             log_z[rows] = by_part.logsumexp(dim=0)
             top_logprobs[rows], top_tokens[rows] = best[0] - log_z[rows, None], best[1]
             if want_entropy:
-                # H = log Z - E[logit], and E[logit] is the mean of the parts' means by their probabilities.
-                entropy[rows] = log_z[rows] - ((by_part - log_z[rows]).exp() * torch.stack(means)).sum(dim=0)
+                # Which part, and then which of its tokens: H = Σ P (H of the part - log P).
+                log_p = by_part - log_z[rows]
+                entropy[rows] = (log_p.exp() * (torch.stack(entropies) - log_p)).sum(dim=0)
         ctx.save_for_backward(hidden, weight, bias, low, up, targets, log_z, entropy)
-        ctx.scale, ctx.softcap, ctx.want_entropy, ctx.kept = scale, softcap, want_entropy, kept
+        ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(top_logprobs, top_tokens, *(() if want_entropy else (entropy,)))
         return chosen - log_z, entropy, top_logprobs, top_tokens
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, low, up, targets, log_z, entropy = ctx.saved_tensors
         inputs = (hidden, weight, bias, low, up)
         grads = [
@@ -148,45 +172,38 @@ class _TokenLogProbs(torch.autograd.Function):
         ]
         of_hidden, of_weight, of_bias, of_low, of_up = grads
         kept = iter(ctx.kept or ())
-        # What the kernels know nothing of.
-        plain = not ctx.want_entropy and ctx.softcap is None and bias is None and low is None
-        plain = plain and hidden.dtype == torch.float32
+        # None: nothing depends on it. Entropy is often looked at only.
+        of_logprobs = torch.zeros_like(log_z) if grad_logprobs is None else grad_logprobs
         for rows in _slices(len(hidden), BLOCK_ROWS):
-            h, a, toward = hidden[rows], _cut(low, rows), grad_logprobs[rows, None] * ctx.scale
+            h, a, toward = hidden[rows], _cut(low, rows), of_logprobs[rows] * ctx.scale
+            # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
+            slope = None if grad_entropy is None else -grad_entropy[rows] * ctx.scale
+            constant = -toward if slope is None else slope * entropy[rows] - toward
             for part in _parts(rows, len(weight)):
                 w, u = weight[part], _cut(up, part)
                 logits = next(kept, None)
                 if logits is None:
                     logits = _logits(h, w, _cut(bias, part), a, u, ctx.scale, ctx.softcap)
                 found, at = _inside(targets[rows], part)
-                if plain and head.serves(logits):
-                    grad, turned = head.pulled(logits, log_z[rows], toward[:, 0].contiguous(), over=not ctx.kept)
-                    grad[found, at] += toward[found, 0]
-                    turned[at, found] += toward[found, 0]
-                    if of_hidden is not None:
-                        of_hidden[rows] += product(grad, w.t())
-                    if of_weight is not None:
-                        of_weight[part] += product(turned, h.t())
-                    continue
-                slope = None if ctx.softcap is None else 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
+                bend = None if ctx.softcap is None else 1 - (logits / (ctx.scale * ctx.softcap)) ** 2
                 # What was kept is not overwritten: the graph may be run backward a second time.
-                log_p = logits - log_z[rows, None] if ctx.kept else logits.sub_(log_z[rows, None])
-                # d log p(y) / d logits = 1[y] - p ;  dH / d logits = -p (log p + H)
-                if ctx.want_entropy:
-                    pull = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None] * ctx.scale).add_(toward)
-                    grad = log_p.exp_().mul_(pull).neg_()
+                given, over = (logits, log_z[rows], constant, slope), not ctx.kept
+                turned = None
+                if bend is None and h.dtype == torch.float32 and head.serves(logits):
+                    grad, turned = head.pulled(*given, over=over)
+                    turned[at, found] += toward[found]
                 else:
-                    grad = log_p.exp_().mul_(-toward)
-                grad[found, at] += toward[found, 0]
-                if slope is not None:
-                    grad *= slope
+                    grad = _pulled(*given, over=over)
+                grad[found, at] += toward[found]
+                if bend is not None:
+                    grad *= bend
                 if of_bias is not None:
                     of_bias[part] += grad.sum(dim=0)
                 grad = grad.to(hidden.dtype)
                 if of_hidden is not None:
                     of_hidden[rows] += product(grad, w.t())
                 if of_weight is not None:
-                    of_weight[part] += product(h.t(), grad.t()).t()
+                    of_weight[part] += product(h.t(), grad.t()).t() if turned is None else product(turned, h.t())
                 if of_low is not None and u is not None:
                     of_low[rows] += grad.to(u.dtype) @ u
                 if of_up is not None and a is not None:

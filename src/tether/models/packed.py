@@ -160,10 +160,18 @@ class PrefillLayout:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
+    @property
+    def blocks(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """As ``PackedLayout`` has them."""
+        return tuple((n, ()) for n in self.lengths)
+
+    def keep(self, k: Tensor, v: Tensor) -> None:
+        """Of the next layer."""
+        self.keys.append(k)
+        self.values.append(v)
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        self.keys.append(k)
-        self.values.append(v)
-        packed = PackedLayout(blocks=tuple((n, ()) for n in self.lengths))
-        return packed.attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)
+        self.keep(k, v)
+        return PackedLayout(blocks=self.blocks).attend(layer, q, k, v, scale=scale, window=window, softcap=softcap)

@@ -14,8 +14,8 @@ from tether.core.protocols import Learner
 # Mean |difference| in nats a token up to which the sampler's log-probs stand for the learner's: ratios of policies are
 # off by as much, a thousandth of the usual clip range.
 AGREES = 1e-4
-# One prompt of this many is scored by the learner, to see whether the sampler agrees.
-CHECKED = 8
+# One rollout of this many is scored by the learner, to see whether the sampler agrees.
+CHECKED = 16
 
 Source = Literal["sampler", "learner"]
 
@@ -24,43 +24,43 @@ Source = Literal["sampler", "learner"]
 class Before:
     """``logprobs`` [B, T]: log-probs of the rollouts' tokens before the update; ``values`` [B, T] of the critic.
 
-    ``entropy``, ``gap`` = |learner - sampler| [B, T], both in nats, hold at the tokens ``known`` [B, T] that the
-    learner scored.
+    ``gap`` = |learner - sampler| [B, T] in nats holds at the tokens ``known`` [B, T] that the learner scored.
     """
 
     logprobs: Tensor
-    entropy: Tensor
     gap: Tensor
     known: Tensor
     source: Source
     values: Tensor | None = None
 
 
-def before_update(learner: Learner, batch: Batch, sampled: Tensor, source: Source) -> Before:
+def before_update(learner: Learner, batch: Batch, sampled: Tensor, source: Source, *, turn: int) -> Before:
     """Of the policy as it is. ``sampled`` [B, T]: the log-probs that the sampler drew with.
 
-    With ``source`` "sampler" the learner scores one prompt in ``CHECKED`` only, and the sampler's numbers are taken for
-    all where the two agree on those; where they don't, the learner scores the rest too.
+    With ``source`` "sampler" the learner scores one rollout in ``CHECKED`` only, others at each ``turn``, and the
+    sampler's numbers are taken for all where the two agree on those; where they don't, the learner scores the rest too.
     """
     every = torch.ones(batch.size, dtype=torch.bool)
-    asked = batch.prompt_of < max(1, len(batch.prompts) // CHECKED) if source == "sampler" else every
-    found = _scored(learner, batch, sampled, asked)
     if source == "learner":
-        return found
+        return _scored(learner, batch, sampled, every)
+    # Neighbours, so that they share a prompt.
+    count = max(1, batch.size // CHECKED)
+    asked = torch.zeros_like(every)
+    asked[(turn * count + torch.arange(count)) % batch.size] = True
+    found = _scored(learner, batch, sampled, asked)
     if float(found.gap[found.known].mean()) <= AGREES:  # a NaN is no agreement
-        return Before(logprobs=sampled, entropy=found.entropy, gap=found.gap, known=found.known, source="sampler")
+        return Before(logprobs=sampled, gap=found.gap, known=found.known, source="sampler")
     return _scored(learner, batch, sampled, every)
 
 
 def _scored(learner: Learner, batch: Batch, sampled: Tensor, asked: Tensor) -> Before:
     """The learner's numbers for the rows ``asked`` [B], zeros for the others."""
     rows = asked.nonzero().squeeze(1)
-    outputs = learner.outputs(batch if bool(asked.all()) else batch.select(rows), entropy=True)
-    assert outputs.logprobs is not None and outputs.entropy is not None
-    logprobs, entropy = (_spread(t, rows, sampled) for t in (outputs.logprobs, outputs.entropy))
+    outputs = learner.outputs(batch if bool(asked.all()) else batch.select(rows))
+    assert outputs.logprobs is not None
+    logprobs = _spread(outputs.logprobs, rows, sampled)
     return Before(
         logprobs=logprobs,
-        entropy=entropy,
         gap=(logprobs - sampled).abs(),
         known=batch.loss_mask & asked[:, None],
         source="learner",

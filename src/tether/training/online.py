@@ -168,7 +168,7 @@ class _Loop:
         split = self.session.split
         found, counts = self.collect(step)
         with split("score"):
-            batch, metrics = self._policy_batch(found)
+            batch, metrics = self._policy_batch(found, step)
         self._check(metrics, step)
         with split("update"):
             update, stepped = self._update(batch, step)
@@ -227,11 +227,11 @@ class _Loop:
             session.progress.say(f"the held-out judge likes step {self.at} best so far: {session.folder.path / 'best'}")
         return numbers | more
 
-    def _policy_batch(self, found: Scored) -> tuple[PolicyBatch, Metrics]:
+    def _policy_batch(self, found: Scored, step: int) -> tuple[PolicyBatch, Metrics]:
         job, algorithm = self.job, self.job.algorithm
         base = rollout_batch(found.rollouts)
         sampled = pad_rows([r.logprobs for r in found.rollouts], base.tokens.shape[1])
-        before = before_update(self.learner, base, sampled, job.old_logprobs)
+        before = before_update(self.learner, base, sampled, job.old_logprobs, turn=step)
         old, critic = before.logprobs, before.values
         mask = base.loss_mask
         rewards = torch.zeros_like(old)
@@ -310,7 +310,6 @@ class _Loop:
             "rollout/truncated": Mean(float(sum(r.finish_reason == "length" for r in rollouts)), size),
             "rollout/unique": Mean(float(len({(r.group, r.text) for r in rollouts})), size),
             "rollout/distinct_2": Mean(distinct([r.tokens.tolist() for r in rollouts], 2), 1),
-            "policy/entropy": masked_mean(before.entropy, before.known),
             "sampler/gap": masked_mean(before.gap, before.known),
             "sampler/gap_max": Max(float(torch.where(before.known, before.gap, 0.0).max())),
             "sampler/trusted": Mean(float(before.source == "sampler"), 1),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tether.core.batches import Batch, Outputs, pad_rows
+from tether.core.batches import Batch, Outputs, PolicyBatch, pad_rows
 from tether.core.errors import NumericStop
 from tether.core.metrics import Mean, Metrics, merge
 from tether.core.protocols import Loss
@@ -82,10 +82,12 @@ class LocalLearner:
         parts: list[Metrics] = []
         if count == 0:
             return {}
+        # A policy's entropy is worth knowing whether the loss asks for it or not.
+        entropy = "entropy" in loss.needs or isinstance(batch, PolicyBatch)
         for rows in micro_batches(batch, self.tokens_per_micro_batch):
             part = batch.select(rows).to(self.role.device)
             with dropout_on(self._networks):
-                outputs = self.role(part, entropy="entropy" in loss.needs)
+                outputs = self.role(part, entropy=entropy)
             output = loss(outputs, part)
             total = torch.as_tensor(output.loss.total)
             if not math.isfinite(float(total.detach())):

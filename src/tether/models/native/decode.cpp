@@ -1,18 +1,11 @@
 // One token of a few rows through the trunk of a Llama-shaped network: see decoder.py, which lays out these structures.
 #include <omp.h>
 
-#include "kernels.h"
+#include "product.h"
 
 using namespace tether;
 
 extern "C" {
-
-// A linear layer [outputs, inputs] as it lies in memory; bias [outputs] or null.
-struct Linear {
-    const void *weight;
-    const float *bias;
-    int64_t outputs;
-};
 
 // weight [n]; null: there is no such norm.
 struct Norm {
@@ -43,8 +36,6 @@ struct Step {
 
 namespace {
 
-long lanes_of(long rows) { return (rows + LANES - 1) / LANES * LANES; }
-
 // Floats of each piece of scratch memory.
 struct Sizes {
     long lanes, states, heads, seen, hidden, input, scores, own, thread;
@@ -65,28 +56,6 @@ struct Sizes {
     long shared() const { return states + heads + seen + hidden; }
 };
 
-// What one thread reads in a product: `x` itself, or its own copy normed or rounded to pairs of bfloat16.
-template <class W>
-const float *rounded(float *to, const float *x, long features, long lanes) {
-    if constexpr (inputs_of<W> == 2) {
-#ifdef __AVX512BF16__
-        for (long k = 0; k < features; k += 2)
-            for (long l = 0; l < lanes; l += LANES) {
-                // bfloat16 of feature k in the low half of each lane, of k + 1 in the high one.
-                auto half = [&](long f) {
-                    const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(load(x + f * lanes + l)));
-                    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h));
-                };
-                const __m512i pair = _mm512_or_si512(half(k), _mm512_slli_epi32(half(k + 1), 16));
-                _mm512_storeu_si512(to + k / 2 * lanes + l, pair);
-            }
-#endif
-        return to;
-    } else {
-        return x;
-    }
-}
-
 // y = w x / sqrt(mean x² + ε) (Zhang 2019, eq. 4), feature by feature.
 void normed(float *to, const float *x, Norm norm, long features, long lanes) {
     for (long l = 0; l < lanes; l += LANES) {
@@ -101,88 +70,74 @@ void normed(float *to, const float *x, Norm norm, long features, long lanes) {
     }
 }
 
-struct Range {
-    long from, to;
-};
-
-// The part of `n` outputs that falls to a thread.
-Range part(long n, int thread, int threads) {
-    const long units = (n + 15) / 16;
-    const long from = units * thread / threads * 16, to = units * (thread + 1) / threads * 16;
-    return {from < n ? from : n, to < n ? to : n};
-}
-
-// y = W x + b of outputs [range): done(n, lane, y) for each 16 lanes of each output.
-template <class W, class Done>
-void product(const Linear &linear, long inputs, const float *x, long lanes, Range range, const void *next, Done &&done) {
-    const long words = inputs / inputs_of<W>;
-    const W *w = static_cast<const W *>(linear.weight);
-    const auto finish = [&](long lane) {
-        return [&, lane](long n, auto &tile) {
-            for (auto &row : tile) {
-                long l = lane;
-                for (vec y : row) {
-                    done(n, l, linear.bias ? y + linear.bias[n] : y);
-                    l += LANES;
-                }
-                n++;
-            }
-        };
-    };
-    long lane = 0;
-    const W *after = static_cast<const W *>(next);
-    for (; lane + 4 * LANES <= lanes; lane += 4 * LANES)
-        tiles<outputs(4), 4>(w, words, 1, words, x + lane, lanes, range.from, range.to, after, finish(lane));
-    for (; lane + 2 * LANES <= lanes; lane += 2 * LANES)
-        tiles<outputs(2), 2>(w, words, 1, words, x + lane, lanes, range.from, range.to, after, finish(lane));
-    for (; lane < lanes; lane += LANES)
-        tiles<outputs(1), 1>(w, words, 1, words, x + lane, lanes, range.from, range.to, after, finish(lane));
-}
-
-// A head of one row, out of [features][lanes]: normed if it has a norm, turned by its position (Su 2021, eq. 34).
-void turned(float *to, const float *column, long lanes, long depth, Norm norm, const float *cosine, const float *sine) {
-    float head[512];
-    float scale = 1;
-    float squares = 0;
-    for (long c = 0; c < depth; c++) {
-        head[c] = column[c * lanes];
-        squares += head[c] * head[c];
-    }
+// A head of one row: normed if it has a norm, turned by its position (Su 2021, eq. 34), times `scale`.
+void turned(float *to, const float *head, long depth, Norm norm, const float *cosine, const float *sine, float scale) {
+    float own[512];
     if (norm.weight) {
-        scale = 1 / __builtin_sqrtf(squares / float(depth) + norm.epsilon);
-        for (long c = 0; c < depth; c++) head[c] *= scale * norm.weight[c];
+        float squares = 0;
+        for (long c = 0; c < depth; c++) squares += head[c] * head[c];
+        const float inverse = 1 / __builtin_sqrtf(squares / float(depth) + norm.epsilon);
+        for (long c = 0; c < depth; c++) own[c] = head[c] * inverse * norm.weight[c];
+        head = own;
     }
     const long half = depth / 2;
     for (long c = 0; c < half; c++) {
-        to[c] = head[c] * cosine[c] - head[c + half] * sine[c];
-        to[c + half] = head[c + half] * cosine[c + half] + head[c] * sine[c + half];
+        to[c] = (head[c] * cosine[c] - head[c + half] * sine[c]) * scale;
+        to[c + half] = (head[c + half] * cosine[c + half] + head[c] * sine[c + half]) * scale;
+    }
+}
+
+// Have `count` numbers on their way into the cache: rows are short, and lie where no prefetcher of the processor looks.
+void fetch(const float *from, long count) {
+    for (long i = 0; i < count; i += LANES) __builtin_prefetch(from + i);
+}
+
+// scores[l] = q · keys[l] of n keys.
+void own_scores(float *scores, const float *q, const float *keys, long n, long depth) {
+    for (long l = 0; l < n; l += LANES) {
+        vec dots[LANES], turned[LANES], total{};
+        for (long i = 0; i < LANES && l + i < n; i++) {
+            dots[i] = vec{};
+            for (long c = 0; c < depth; c += LANES) dots[i] += load(q + c) * load(keys + (l + i) * depth + c);
+        }
+        transpose(reinterpret_cast<const float *>(dots), LANES, reinterpret_cast<float *>(turned), LANES);
+        for (vec part : turned) total += part;
+        store(scores + l, total);
     }
 }
 
 // Attention of rows [from, to) of `members`, which share a prompt, and of the query heads that share key head `h`.
 // A lane is one query: the heads of the first row, of the second and so on. To the prompt all lanes attend at once.
+// `heads` [rows][features]: what the rows' queries, keys and values are made of; `seen` [rows][features].
 template <int B>
 void attend(const Step &s, const Layer &layer, long prompt, long h, long from, long to, const float *heads, float *seen,
-            long lanes, float *scratch) {
+            float *scratch) {
     const long D = s.depth, repeat = s.heads / s.shared, P = s.prompt_lengths[prompt], wide = B * LANES;
-    const long used = (to - from) * repeat;
+    const long used = (to - from) * repeat, room = lanes_of(s.room), features = (s.heads + 2 * s.shared) * D;
     float *across = scratch, *scores = across + D * wide, *out = scores + s.prompt_room * wide;
     float *q = scratch + Sizes(s).scores, *own = q + WIDEST * LANES * D;
-    const long room = lanes_of(s.room);
-    std::memset(across, 0, sizeof(float) * D * wide);
+    const auto held_at = [&](long i) { return (s.members[i] * s.shared + h) * s.room * D; };
+    const auto tokens = [&](long i) { return s.lengths[s.members[i]] + 1; };
     for (long i = from; i < to; i++) {
-        const long row = s.members[i];
-        const float *cosine = s.cosine + row * D, *sine = s.sine + row * D;
-        const long place = (row * s.shared + h) * s.room + s.lengths[row];
-        turned(layer.keys + place * D, heads + (s.heads + h) * D * lanes + row, lanes, D, layer.k_norm, cosine, sine);
-        for (long c = 0; c < D; c++)
-            layer.values[place * D + c] = heads[((s.heads + s.shared + h) * D + c) * lanes + row];
-        for (long r = 0; r < repeat; r++) {
-            const long lane = (i - from) * repeat + r;
-            turned(q + lane * D, heads + (h * repeat + r) * D * lanes + row, lanes, D, layer.q_norm, cosine, sine);
-            for (long c = 0; c < D; c++) across[c * wide + lane] = q[lane * D + c] *= s.scale;
-        }
+        const float *mine = heads + s.members[i] * features;
+        fetch(mine + h * repeat * D, repeat * D);
+        fetch(mine + (s.heads + h) * D, D);
+        fetch(mine + (s.heads + s.shared + h) * D, D);
+        fetch(layer.keys + held_at(i) + (tokens(i) - 1) * D, D);
+        fetch(layer.values + held_at(i) + (tokens(i) - 1) * D, D);
     }
+    for (long i = from; i < to; i++) {
+        const long row = s.members[i], place = held_at(i) + s.lengths[row] * D;
+        const float *cosine = s.cosine + row * D, *sine = s.sine + row * D, *mine = heads + row * features;
+        turned(layer.keys + place, mine + (s.heads + h) * D, D, layer.k_norm, cosine, sine, 1);
+        std::memcpy(layer.values + place, mine + (s.heads + s.shared + h) * D, sizeof(float) * D);
+        for (long r = 0; r < repeat; r++)
+            turned(q + ((i - from) * repeat + r) * D, mine + (h * repeat + r) * D, D, layer.q_norm, cosine, sine,
+                   s.scale);
+    }
+    std::memset(q + used * D, 0, sizeof(float) * (wide - used) * D);
+    for (long l = 0; l < wide; l += LANES)
+        for (long c = 0; c < D; c += LANES) transpose(q + l * D + c, D, across + c * wide + l, wide);
     const long held = (prompt * s.shared + h) * s.prompt_room * D;
     vec top[B];
     for (vec &t : top) t = all(-3e38f);
@@ -199,16 +154,12 @@ void attend(const Step &s, const Layer &layer, long prompt, long h, long from, l
     float highest[B * LANES], total[B * LANES] = {};
     for (int b = 0; b < B; b++) store(highest + b * LANES, top[b]);
     for (long lane = 0; lane < used; lane++) {
-        const long row = s.members[from + lane / repeat], n = s.lengths[row] + 1;
-        const float *keys = layer.keys + (row * s.shared + h) * s.room * D;
+        const long i = from + lane / repeat, n = tokens(i);
         float *mine = own + lane * room;
+        if (lane % repeat == 0 && i + 1 < to) fetch(layer.keys + held_at(i + 1), tokens(i + 1) * D);
+        own_scores(mine, q + lane * D, layer.keys + held_at(i), n, D);
         // After the last key: nothing, which is what an exponential makes of it.
         for (long l = n; l < lanes_of(n); l++) mine[l] = -3e38f;
-        for (long l = 0; l < n; l++) {
-            vec dot{};
-            for (long c = 0; c < D; c += LANES) dot += load(q + lane * D + c) * load(keys + l * D + c);
-            mine[l] = sum(dot);
-        }
         vec most = all(highest[lane]);
         for (long l = 0; l < n; l += LANES) most = larger(most, load(mine + l));
         highest[lane] = largest(most);
@@ -234,20 +185,23 @@ void attend(const Step &s, const Layer &layer, long prompt, long h, long from, l
     tiles<outputs(B), B>(layer.prompt_values + held, 1L, D, P, scores, wide, 0, D, static_cast<const float *>(nullptr),
                          [&](long n, auto &tile) {
                              for (auto &row : tile) {
-                                 for (int b = 0; b < B; b++) store(out + n * wide + b * LANES, row[b]);
+                                 for (int b = 0; b < B; b++)
+                                     store(out + n * wide + b * LANES, row[b] / load(total + b * LANES));
                                  n++;
                              }
                          });
-    for (long lane = 0; lane < used; lane++) {
-        const long row = s.members[from + lane / repeat], n = s.lengths[row] + 1;
-        const float *values = layer.values + (row * s.shared + h) * s.room * D, *mine = own + lane * room;
-        float *to_column = seen + (h * repeat + lane % repeat) * D * lanes + row;
-        for (long c = 0; c < D; c += LANES) {
-            vec y{};
-            for (long l = 0; l < n; l++) y += mine[l] * load(values + l * D + c);
-            for (long i = 0; i < LANES; i++)
-                to_column[(c + i) * lanes] = (out[(c + i) * wide + lane] + y[i]) / total[lane];
-        }
+    // The queries are not needed any more: what a row has seen of the prompt, and then of itself as well.
+    for (long l = 0; l < wide; l += LANES)
+        for (long c = 0; c < D; c += LANES) transpose(out + c * wide + l, wide, q + l * D + c, D);
+    for (long i = from; i < to; i++) {
+        const long lane = (i - from) * repeat;
+        const float *values = layer.values + held_at(i), *of_prompt = q + lane * D;
+        float *mine = seen + (s.members[i] * s.heads + h * repeat) * D;
+        if (i + 1 < to) fetch(layer.values + held_at(i + 1), tokens(i + 1) * D);
+        columns<float>(own + lane * room, room, 1, tokens(i), values, D, {0, repeat}, nullptr,
+                       [&](long r, long c, vec y) {
+                           store(mine + r * D + c, load(of_prompt + r * D + c) + y / total[lane + r]);
+                       });
     }
 }
 
@@ -274,9 +228,9 @@ void run(const Layer *layers, const Step &s) {
 #pragma omp for
         for (long k = 0; k < s.width; k++)
             for (long l = 0; l < lanes; l++) x[k * lanes + l] = l < s.rows ? s.x[l * s.width + k] : 0;
-#pragma omp for
-        for (long k = 0; k < s.heads * s.depth; k++)
-            for (long l = s.rows; l < lanes; l++) seen[k * lanes + l] = 0;
+        // Rows that there are not.
+#pragma omp single
+        std::memset(seen + s.rows * s.heads * s.depth, 0, sizeof(float) * (lanes - s.rows) * s.heads * s.depth);
         const auto onto_x = [&](long n, long l, vec y) { store(x + n * lanes + l, load(x + n * lanes + l) + y); };
         const auto into = [&](float *to) {
             return [to, lanes](long n, long l, vec y) { store(to + n * lanes + l, y); };
@@ -288,8 +242,10 @@ void run(const Layer *layers, const Step &s) {
             for (int i = 0; i < 3; i++) {
                 const Linear &linear = layer->qkv[i];
                 const void *next = i < 2 ? start(layer->qkv[i + 1], s.width) : start(layer->out, s.heads * s.depth);
-                product<W>(linear, s.width, in, lanes, mine(linear.outputs), next, into(to));
-                to += linear.outputs * lanes;
+                const Range range = mine(linear.outputs);
+                AsRows rows{to, (s.heads + 2 * s.shared) * s.depth, s.rows, range.to};
+                product<W>(linear, s.width, in, lanes, range, next, rows);
+                to += linear.outputs;
             }
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1) collapse(3)
@@ -301,9 +257,12 @@ void run(const Layer *layers, const Step &s) {
                         const long wide = (until - from) * repeat;
                         if (wide <= 0) continue;
                         const auto call = wide <= LANES ? attend<1> : wide <= 2 * LANES ? attend<2> : attend<4>;
-                        call(s, *layer, g, h, from, until, heads, seen, lanes, scratch);
+                        call(s, *layer, g, h, from, until, heads, seen, scratch);
                     }
-            in = rounded<W>(input, seen, s.heads * s.depth, lanes);
+            for (long l = 0; l < lanes; l += LANES)
+                for (long k = 0; k < s.heads * s.depth; k += LANES)
+                    transpose(seen + l * s.heads * s.depth + k, s.heads * s.depth, input + k * lanes + l, lanes);
+            in = rounded<W>(input, input, s.heads * s.depth, lanes);
             product<W>(layer->out, s.heads * s.depth, in, lanes, mine(s.width), start(layer->gate, s.width), onto_x);
 #pragma omp barrier
             normed(input, x, layer->before_mlp, s.width, lanes);
@@ -327,30 +286,6 @@ void run(const Layer *layers, const Step &s) {
             for (long k = 0; k < s.width; k++) s.x[l * s.width + k] = input[k * lanes + l];
     }
 }
-
-// y [rows, outputs] = x [rows, inputs] Wᵀ + b.
-template <class W>
-void rows_product(const Linear &linear, long inputs, const float *x, long rows, float *y, float *scratch, int threads) {
-    const long lanes = lanes_of(rows);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (long k = 0; k < inputs; k++)
-            for (long l = 0; l < lanes; l++) scratch[k * lanes + l] = l < rows ? x[l * inputs + k] : 0;
-        float *copy = scratch + inputs * lanes * (1 + omp_get_thread_num());
-        const float *in = rounded<W>(copy, scratch, inputs, lanes);
-        const Range range = part(linear.outputs, omp_get_thread_num(), omp_get_num_threads());
-        // 16 outputs of 16 rows, turned round together: a row takes them as one line of memory.
-        float block[LANES][WIDEST * LANES];
-        product<W>(linear, inputs, in, lanes, range, nullptr, [&](long n, long lane, vec v) {
-            const long at = lane % (WIDEST * LANES), first = n / LANES * LANES;
-            store(block[n - first] + at, v);
-            if (n + 1 < first + LANES && n + 1 < range.to) return;
-            for (long l = 0; l < LANES && lane + l < rows; l++)
-                for (long i = first; i <= n; i++) y[(lane + l) * linear.outputs + i] = block[i - first][at + l];
-        });
-    }
-}
 }  // namespace
 
 extern "C" {
@@ -365,14 +300,5 @@ void tether_decode(const Layer *layers, const Step *step) {
     if (step->rounded) return run<Pair>(layers, *step);
 #endif
     run<float>(layers, *step);
-}
-
-// scratch: (1 + threads) * inputs * (rows, rounded up to 16) floats.
-void tether_product(const Linear *linear, int64_t inputs, const float *x, int64_t rows, float *y, float *scratch,
-                    int64_t threads, int64_t rounded) {
-#ifdef __AVX512BF16__
-    if (rounded) return rows_product<Pair>(*linear, inputs, x, rows, y, scratch, int(threads));
-#endif
-    rows_product<float>(*linear, inputs, x, rows, y, scratch, int(threads));
 }
 }

@@ -22,7 +22,7 @@ from tether.models.fused import SAME
 from tether.models.linear import Linear, product, product_onto, rounded_to
 from tether.models.native import attention, build
 from tether.models.native.attention import Blocks
-from tether.models.packed import PackedLayout
+from tether.models.packed import PackedLayout, PrefillLayout
 
 # Rows that share one partial sum of a norm's weight gradient: `ROWS` of layer.cpp.
 _ROWS = 64
@@ -148,31 +148,55 @@ def _of_product(
     return of_weight, grad.sum(dim=0) if bias else None
 
 
-class _Layer(torch.autograd.Function):
+class _Kept(NamedTuple):
+    """What a backward needs of a pass, beside its input: ``inverse`` root mean squares [N] of what was normed; q, k and
+    v as [N, H · D]; what attention gave, [1, H, N, D], and the log-sum of its scores; the states after it."""
+
+    inverse1: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    log_sum: Tensor
+    z: Tensor
+    inverse2: Tensor
+    gate: Tensor
+    up: Tensor
+
+
+def _run(x: Tensor, given: _Pass, p: _Parameters) -> tuple[Tensor, _Kept]:
     """y = z + down(silu(gate(n)) ⊙ up(n)), n = norm2(z); z = x + out(attention(q(m), k(m), v(m))), m = norm1(x); all of
     one packed row [N, d]."""
+    normed, inverse1 = _norm(x, p.norm1, given.epsilons[0])
+    q, k = (_rotate(product(normed, *w), given) for w in ((p.q, p.q_bias), (p.k, p.k_bias)))
+    v = product(normed, p.v, p.v_bias)
+    del normed  # what comes next takes its place: nothing that is kept for the backward leaves a hole
+    heads = (_heads(q, given.depth), _heads(k, given.depth), _heads(v, given.depth))
+    out, log_sum = attention.forward(*heads, given.blocks, given.scale)
+    z = product_onto(x, _rows(out), p.out, p.out_bias)
+    normed, inverse2 = _norm(z, p.norm2, given.epsilons[1])
+    gate, up = product(normed, p.gate, p.gate_bias), product(normed, p.up, p.up_bias)
+    del normed
+    y = product_onto(z, _gate(gate, up), p.down, p.down_bias)
+    return y, _Kept(inverse1, q, k, v, out, log_sum, z, inverse2, gate, up)
+
+
+class _Layer(torch.autograd.Function):
+    """``_run`` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, given: _Pass, *parameters: Tensor | None) -> Tensor:  # type: ignore[override]
-        p = _Parameters(*parameters)
-        normed, inverse1 = _norm(x, p.norm1, given.epsilons[0])
-        q, k = (_rotate(product(normed, *w), given) for w in ((p.q, p.q_bias), (p.k, p.k_bias)))
-        v = product(normed, p.v, p.v_bias)
-        del normed  # what comes next takes its place: nothing that is kept for the backward leaves a hole
-        heads = (_heads(q, given.depth), _heads(k, given.depth), _heads(v, given.depth))
-        out, log_sum = attention.forward(*heads, given.blocks, given.scale)
-        z = product_onto(x, _rows(out), p.out, p.out_bias)
-        normed, inverse2 = _norm(z, p.norm2, given.epsilons[1])
-        gate, up = product(normed, p.gate, p.gate_bias), product(normed, p.up, p.up_bias)
-        del normed
-        y = product_onto(z, _gate(gate, up), p.down, p.down_bias)
-        ctx.save_for_backward(x, inverse1, q, k, v, out, log_sum, z, inverse2, gate, up, *parameters)
+        y, kept = _run(x, given, _Parameters(*parameters))
+        ctx.save_for_backward(x, *kept, *parameters)
         ctx.given = given
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, inverse1, q, k, v, out, log_sum, z, inverse2, gate, up, *parameters = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
+        kept, parameters = saved[: len(_Kept._fields)], saved[len(_Kept._fields) :]
+        inverse1, q, k, v, out, log_sum, z, inverse2, gate, up = kept
+        del saved, kept
         given: _Pass = ctx.given
         p, wanted = _Parameters(*parameters), _Parameters(*ctx.needs_input_grad[2:])
         grad = grad.contiguous()
@@ -216,15 +240,21 @@ class NativeLayer:
         if parameters is None or not _takes(hidden_states, self.self_attn.head_dim, more):
             return super().forward(hidden_states, *rest, **more)  # type: ignore[misc]
         cosine, sine = (t[0].contiguous() for t in more["position_embeddings"])
+        layout = more["tether_layout"]
         given = _Pass(
-            blocks=more["tether_layout"].blocks,
+            blocks=layout.blocks,
             cosine=cosine,
             sine=sine,
             depth=cosine.shape[1],
             scale=float(self.self_attn.scaling),
             epsilons=(self.input_layernorm.epsilon, self.post_attention_layernorm.epsilon),
         )
-        return _Layer.apply(hidden_states[0].contiguous(), given, *parameters)[None]  # type: ignore[index]
+        x = hidden_states[0].contiguous()
+        if not isinstance(layout, PrefillLayout):
+            return _Layer.apply(x, given, *parameters)[None]  # type: ignore[index]
+        y, kept = _run(x, given, parameters)
+        layout.keep(_heads(kept.k, given.depth), _heads(kept.v, given.depth))
+        return y[None]
 
     def _plain_parameters(self) -> _Parameters | None:
         """None where a product is not a plain one: an adapter acts on it."""
@@ -240,7 +270,9 @@ class NativeLayer:
 
 def _takes(x: Tensor, depth: int, more: Mapping[str, Any]) -> bool:
     """Whether a pass is one of a packed row in float32."""
-    places = more.get("position_embeddings")
+    places, layout = more.get("position_embeddings"), more.get("tether_layout")
+    # Prompts that will be continued: their keys and values leave the layer, which no gradient follows.
+    prefills = isinstance(layout, PrefillLayout) and not torch.is_grad_enabled()
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -248,7 +280,7 @@ def _takes(x: Tensor, depth: int, more: Mapping[str, Any]) -> bool:
         and x.shape[1] > 0
         and isinstance(places, tuple)
         and places[0].shape[-1] == depth
-        and isinstance(more.get("tether_layout"), PackedLayout)
+        and (isinstance(layout, PackedLayout) or prefills)
         and more.get("past_key_values") is None
         and rounded_to() is None
         and build.library() is not None

@@ -36,7 +36,7 @@ RL: dict[str, Entry] = {
         "larger: lower optim.learning_rate, or fewer updates per rollout; smaller: the steps do nothing",
     ),
     "policy/entropy": Entry(
-        "mean entropy of the next-token distribution over completion tokens, in nats",
+        "mean entropy of the next-token distribution over completion tokens during the update, in nats",
         "falling slowly, well above 0",
         "near 0: the policy has collapsed on one answer; raise the KL weight or sampling.temperature",
     ),
@@ -139,7 +139,7 @@ RL: dict[str, Entry] = {
     "sampler/gap_max": Entry("largest such gap of any token, in nats", "below 0.1 in float32", "as for sampler/gap"),
     "sampler/trusted": Entry(
         "1 where the sampler's log-probs served as those before the update, 0 where the learner scored all anew",
-        "1 in float32 without a critic (sampler/gap and policy/entropy are then of the part that was checked)",
+        "1 in float32 without a critic (sampler/gap is then of the part that was checked)",
         "0 with old_logprobs=auto and no critic: the two differ by more than 1e-4 nats; a pass more a step",
     ),
     "sampler/weight": Entry(
