@@ -92,10 +92,9 @@ def operations(work: Work, tokens: Tokens, *, trunk: int, head: int, attention: 
     """Floating-point operations that the useful tokens need, of training with its scoring and of drawing: 2 a parameter
     and token forward, 4 more backward; the head on completion tokens alone. ``attention``: operations forward for each
     token that a token sees, which double backward as well."""
-    # PPO trains and scores with two networks of one size.
     passes = 3 * work.trained + work.scored
-    # Of PPO's networks, critic and reward model have no such head: half of what is trained and scored.
-    headless = {"reward": passes, "ppo": passes // 2}.get(work.kind, 0)
+    # Of PPO's networks, policy and reference have such a head, critic and reward model none.
+    headless = {"reward": passes, "ppo": (passes + 1) // 2}.get(work.kind, 0)
     through_trunk = 2.0 * tokens.useful * trunk + tokens.seen * attention
     through_head = 2.0 * tokens.completion * head
     training = passes * through_trunk + (passes - headless) * through_head
@@ -195,8 +194,8 @@ def ppo(name: str, lengths: Sequence[int], group: int, new_tokens: int, epochs: 
             "completions": [[ids(generator, new_tokens) for _ in range(group)] for _ in lengths],
         },
         trained=2 * epochs,
-        # Reward model, reference, and policy and critic before the update.
-        scored=4,
+        # Reward model, reference and critic. What the policy says before the update, the sampler has said.
+        scored=3,
         target=target,
     )
 

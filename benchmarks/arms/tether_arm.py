@@ -250,7 +250,7 @@ class Online(Training):
         algorithm = self.algorithm()
         return online.OnlineJob(
             algorithm=algorithm,
-            old_logprobs="learner" if "critic" in algorithm.needs else "sampler",
+            old_logprobs="sampler",
             group_size=self.work["group"],
             prompts=lambda first, count: self.prompts,
             prompts_per_step=len(self.prompts),

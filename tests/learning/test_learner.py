@@ -285,6 +285,18 @@ def test_outputs_in_micro_batches_are_those_of_the_whole_and_in_its_order():
     assert ours.outputs(RAGGED).entropy is None and evaluate(scorer(), RAGGED, 9).logprobs is None
 
 
+@pytest.mark.parametrize("kind", ["head", "adapter", "separate"])
+def test_policy_and_critic_say_the_same_alone_as_together(kind: str, monkeypatch: pytest.MonkeyPatch):
+    ours, batch = learner(actor_critic(kind), 20), policy_batch()
+    both = ours.outputs(batch)
+    asked: list[str] = []
+    for part in (Policy, Scorer):
+        read = part.__call__
+        monkeypatch.setattr(part, "__call__", lambda self, *a, read=read, **k: asked.append("") or read(self, *a, **k))
+    assert torch.equal(ours.logprobs(batch), both.logprobs) and torch.equal(ours.values(batch), both.values)
+    assert bool(asked) == (kind != "head")
+
+
 def test_training_learns_a_batch_by_heart():
     ours = learner(Policy(backbone=backbone("llama")), 40)
     first = values(ours.forward_backward(PAIRS, CrossEntropy()))["loss"]

@@ -181,7 +181,8 @@ class RLConfig(MethodConfig):
     old_logprobs: Literal["auto", "learner"] = Field(
         default="auto",
         description="log-probs before an update. auto: the sampler's, where a part of each step, scored by the learner "
-        "too, agrees to 1e-4 nats a token (no critic, no correction for the sampler); learner: scored anew",
+        "too, agrees to 1e-4 nats a token (not with critic.kind head, nor with a correction for the sampler); learner: "
+        "scored anew",
     )
     on_reward_failure: Literal["stop", "skip"] = Field(
         default="stop", description="skip: leave the rollout out, and count it"

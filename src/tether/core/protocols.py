@@ -120,6 +120,10 @@ class Learner(Protocol):
         """[B, T] float32 without gradient, under the policy as it is now."""
         ...
 
+    def values(self, batch: Batch) -> Tensor:
+        """[B, T] float32 without gradient: the critic's, before each token."""
+        ...
+
     def outputs(self, batch: Batch, *, entropy: bool = False) -> Outputs:
         """Log-probs, and values where there is a critic, without gradient."""
         ...

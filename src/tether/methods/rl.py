@@ -166,8 +166,9 @@ def _train(
 
 
 def _old_logprobs(config: RLConfig, algorithm: Algorithm) -> Literal["sampler", "learner"]:
-    """A critic needs the learner's pass anyway; a correction for the sampler compares the two."""
-    needs_pass = algorithm.needs & {"critic", "sampler_logprobs"}
+    """A critic on the policy's trunk makes the pass anyway; a correction for the sampler compares the two."""
+    shares = "critic" in algorithm.needs and config.critic.kind == "head"
+    needs_pass = shares or "sampler_logprobs" in algorithm.needs
     return "sampler" if config.old_logprobs == "auto" and not needs_pass else "learner"
 
 

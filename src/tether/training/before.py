@@ -34,42 +34,32 @@ class Before:
     values: Tensor | None = None
 
 
-def before_update(learner: Learner, batch: Batch, sampled: Tensor, source: Source, *, turn: int) -> Before:
-    """Of the policy as it is. ``sampled`` [B, T]: the log-probs that the sampler drew with.
+def before_update(
+    learner: Learner, batch: Batch, sampled: Tensor, source: Source, *, turn: int, critic: bool
+) -> Before:
+    """Of the policy as it is, and of its ``critic``. ``sampled`` [B, T]: the log-probs that the sampler drew with.
 
     With ``source`` "sampler" the learner scores one rollout in ``CHECKED`` only, others at each ``turn``, and the
-    sampler's numbers are taken for all where the two agree on those; where they don't, the learner scores the rest too.
+    sampler's numbers are taken for all where the two agree on those; where they don't, the learner scores all.
     """
-    every = torch.ones(batch.size, dtype=torch.bool)
-    if source == "learner":
-        return _scored(learner, batch, sampled, every)
+    if source == "sampler":
+        gap, known = _compared(learner, batch, sampled, turn)
+        if float(gap[known].mean()) <= AGREES:  # a NaN is no agreement
+            values = learner.values(batch) if critic else None
+            return Before(logprobs=sampled, gap=gap, known=known, source="sampler", values=values)
+    found = learner.outputs(batch)
+    assert found.logprobs is not None
+    gap = (found.logprobs - sampled).abs()
+    return Before(logprobs=found.logprobs, gap=gap, known=batch.loss_mask, source="learner", values=found.values)
+
+
+def _compared(learner: Learner, batch: Batch, sampled: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    """|learner - sampler| [B, T] of some rollouts, zeros elsewhere, and where it holds."""
     # Neighbours, so that they share a prompt.
     count = max(1, batch.size // CHECKED)
-    asked = torch.zeros_like(every)
-    asked[(turn * count + torch.arange(count)) % batch.size] = True
-    found = _scored(learner, batch, sampled, asked)
-    if float(found.gap[found.known].mean()) <= AGREES:  # a NaN is no agreement
-        return Before(logprobs=sampled, gap=found.gap, known=found.known, source="sampler")
-    return _scored(learner, batch, sampled, every)
-
-
-def _scored(learner: Learner, batch: Batch, sampled: Tensor, asked: Tensor) -> Before:
-    """The learner's numbers for the rows ``asked`` [B], zeros for the others."""
-    rows = asked.nonzero().squeeze(1)
-    outputs = learner.outputs(batch if bool(asked.all()) else batch.select(rows))
-    assert outputs.logprobs is not None
-    logprobs = _spread(outputs.logprobs, rows, sampled)
-    return Before(
-        logprobs=logprobs,
-        gap=(logprobs - sampled).abs(),
-        known=batch.loss_mask & asked[:, None],
-        source="learner",
-        values=None if outputs.values is None else _spread(outputs.values, rows, sampled),
-    )
-
-
-def _spread(found: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """Numbers [b, t] of some rows in their places of [B, T]."""
-    out = torch.zeros_like(like)
-    out[rows, : found.shape[1]] = found
-    return out
+    rows = (turn * count + torch.arange(count)) % batch.size
+    scored = learner.logprobs(batch.select(rows))
+    gap, known = torch.zeros_like(sampled), torch.zeros_like(batch.loss_mask)
+    gap[rows, : scored.shape[1]] = (scored - sampled[rows, : scored.shape[1]]).abs()
+    known[rows] = batch.loss_mask[rows]
+    return gap, known

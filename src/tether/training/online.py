@@ -95,10 +95,8 @@ class OnlineJob:
         given = ALWAYS | {name for name, part in parts.items() if part is not None}
         if missing := sorted(self.algorithm.needs - given):
             raise UserError(f"{self.algorithm.name} needs {', '.join(missing)}, and none was given")
-        if self.old_logprobs == "sampler" and (compared := self.algorithm.needs & {"critic", "sampler_logprobs"}):
-            raise UserError(
-                f"{self.algorithm.name} needs {', '.join(sorted(compared))}, so old_logprobs must be the learner's"
-            )
+        if self.old_logprobs == "sampler" and "sampler_logprobs" in self.algorithm.needs:
+            raise UserError(f"{self.algorithm.name} compares the two, so old_logprobs must be the learner's")
         if self.guards is not None and self.guards.kl_max is not None and self.reference is None:
             raise UserError("guards.kl_max needs a reference, and none was given")
         if "history" in self.algorithm.needs and not callable(getattr(self.algorithm.advantage, "next", None)):
@@ -231,7 +229,7 @@ class _Loop:
         job, algorithm = self.job, self.job.algorithm
         base = rollout_batch(found.rollouts)
         sampled = pad_rows([r.logprobs for r in found.rollouts], base.tokens.shape[1])
-        before = before_update(self.learner, base, sampled, job.old_logprobs, turn=step)
+        before = before_update(self.learner, base, sampled, job.old_logprobs, turn=step, critic=job.critic)
         old, critic = before.logprobs, before.values
         mask = base.loss_mask
         rewards = torch.zeros_like(old)

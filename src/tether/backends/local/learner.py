@@ -136,9 +136,20 @@ class LocalLearner:
         return evaluate(self.role, batch, self.tokens_per_micro_batch, entropy=entropy)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        logprobs = self.outputs(batch).logprobs
+        logprobs = self._alone("policy", batch).logprobs
         assert logprobs is not None, "this role has no language-model head"
         return logprobs
+
+    def values(self, batch: Batch) -> Tensor:
+        values = self._alone("critic", batch).values
+        assert values is not None, "this role has no critic"
+        return values
+
+    @torch.no_grad()
+    def _alone(self, part: str, batch: Batch) -> Outputs:
+        """What one of two networks says; of one that both share, what both say costs no more."""
+        split = isinstance(self.role, ActorCritic) and not self.role.shares_trunk
+        return evaluate(getattr(self.role, part) if split else self.role, batch, self.tokens_per_micro_batch)
 
     def save(self, folder: Path) -> None:
         """Optimizer state and counters (weights are the role's to save as a model folder; exact ones go here)."""

@@ -74,6 +74,11 @@ class TableLearner:
     def logprobs(self, batch: Batch) -> Tensor:
         return read_table(self.logits.log_softmax(-1), batch)
 
+    def values(self, batch: Batch) -> Tensor:
+        values = self.outputs(batch).values
+        assert values is not None, "this table has no critic"
+        return values
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"logits": self.logits.detach(), "critic": self.critic.detach()}, folder / "table.safetensors")

@@ -139,8 +139,8 @@ RL: dict[str, Entry] = {
     "sampler/gap_max": Entry("largest such gap of any token, in nats", "below 0.1 in float32", "as for sampler/gap"),
     "sampler/trusted": Entry(
         "1 where the sampler's log-probs served as those before the update, 0 where the learner scored all anew",
-        "1 in float32 without a critic (sampler/gap is then of the part that was checked)",
-        "0 with old_logprobs=auto and no critic: the two differ by more than 1e-4 nats; a pass more a step",
+        "1 in float32 (sampler/gap is then of the part that was checked); 0 with old_logprobs=learner, critic.kind=head",
+        "0 otherwise: the two differ by more than 1e-4 nats; a pass more a step",
     ),
     "sampler/weight": Entry(
         "mean weight learner/sampler that sampler_correction puts on a token, after the cut",
