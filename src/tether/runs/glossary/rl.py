@@ -139,7 +139,7 @@ RL: dict[str, Entry] = {
     "sampler/gap_max": Entry("largest such gap of any token, in nats", "below 0.1 in float32", "as for sampler/gap"),
     "sampler/trusted": Entry(
         "1 where the sampler's log-probs served as those before the update, 0 where the learner scored all anew",
-        "1 in float32 (sampler/gap is then of the part that was checked); 0 with old_logprobs=learner, critic.kind=head",
+        "1 in float32 (sampler/gap is then of what was checked); 0 with old_logprobs=learner or critic.kind=head",
         "0 otherwise: the two differ by more than 1e-4 nats; a pass more a step",
     ),
     "sampler/weight": Entry(
