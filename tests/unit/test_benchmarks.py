@@ -115,8 +115,8 @@ def test_operations_follow_from_useful_tokens():
     assert operations(grpo, tokens, trunk=1, head=0) == (6 * (481 + 1024), 2 * (481 + 1024))
     ppo = known["ppo"]
     tokens = token_counts(ppo, [60, 240])
-    # Policy and critic forward and backward; critic, reward model and reference forward: of those, the first and the last
-    # have such a head.
+    # Policy and critic forward and backward; critic, reward model and reference forward. Policy and reference have such
+    # a head.
     assert operations(ppo, tokens, trunk=1, head=0)[0] == (6 + 6 + 3 * 2) * (300 + 128)
     assert operations(ppo, tokens, trunk=0, head=1)[0] == (6 + 2) * 128
     sampling = known["sampling-64x32"]
