@@ -253,7 +253,7 @@ def works() -> dict[str, Work]:
         preference("dpo-long", "DPO, 2 pairs, completions dominate (prompt ≈ 30, 110–140)", pairs(2, 30, 110, 140)),
         grpo("grpo-64", 2, 8, 240, 64, default=DEFAULT, target=2.2),
         grpo("grpo-128", 2, 8, 240, 128, target=2.2),
-        ppo("ppo", (60, 240), 1, 64, 1, target=2.0),
+        ppo("ppo", (60, 150, 240), 2, 64, 1, target=2.0),
         sampling("sampling-16x64", 2, 8, 60, 64, target=3.0),
         sampling("sampling-64x32", 8, 8, 60, 32, target=4.0),
         sampling("vllm-16x64", 2, 8, 60, 64, rival=VLLM, target=1.2),

@@ -114,11 +114,11 @@ def test_operations_follow_from_useful_tokens():
     assert tokens.seen == 240 * 241 // 2 + 241 * 242 // 2 + 8 * (64 * 481 + 2 * 64 * 65 // 2)
     assert operations(grpo, tokens, trunk=1, head=0) == (6 * (481 + 1024), 2 * (481 + 1024))
     ppo = known["ppo"]
-    tokens = token_counts(ppo, [60, 240])
+    tokens = token_counts(ppo, [60, 150, 240])
     # Policy and critic forward and backward; critic, reward model and reference forward. Policy and reference have such
     # a head.
-    assert operations(ppo, tokens, trunk=1, head=0)[0] == (6 + 6 + 3 * 2) * (300 + 128)
-    assert operations(ppo, tokens, trunk=0, head=1)[0] == (6 + 2) * 128
+    assert operations(ppo, tokens, trunk=1, head=0)[0] == (6 + 6 + 3 * 2) * (450 + 6 * 64)
+    assert operations(ppo, tokens, trunk=0, head=1)[0] == (6 + 2) * 6 * 64
     sampling = known["sampling-64x32"]
     assert token_counts(sampling, [60] * 8).decoded == 64 * 32
     assert operations(sampling, token_counts(sampling, [0] * 8), trunk=1, head=1) == (0, 4 * 64 * 32)
