@@ -41,8 +41,9 @@ void tether_pulled(const float *logits, const float *log_z, const float *constan
             for (long c = 0; c < columns; c += LANES) {
                 for (long row = 0; row < count; row++) {
                     const long i = (at + row) * columns + c;
+                    const float steep = slope ? slope[at + row] : 0;
                     const vec log_p = load(logits + i) - log_z[at + row];
-                    block[row] = exponential(log_p) * (bounded(log_p) * (slope ? slope[at + row] : 0) + constant[at + row]);
+                    block[row] = exponential(log_p) * (bounded(log_p) * steep + constant[at + row]);
                     store(grad + i, block[row]);
                 }
                 store_turned(block, count, turned + c * rows + at, rows);
